@@ -1,0 +1,34 @@
+"""gradguard: what shared gradients give away, less of it, and the proof.
+
+Three ways in: a Lightning callback (`gradguard.integrations.lightning.GradGuard`), a pre-send check (`Guard.protect`,
+`gradguard check`) and a benchmark of defenses (`gradguard.benchmark`).
+"""
+
+__version__ = "0.1.0"
+
+from gradguard import attacks, defenses, leakage, linalg
+from gradguard.errors import InputError, UnsupportedModelError
+from gradguard.files import load_gradient, save_gradient
+from gradguard.gradients import LossGradient
+from gradguard.guard import Guard
+from gradguard.jacobian import InputJacobian
+from gradguard.policy import Policy, ThreatModel
+from gradguard.report import LeakageReport, Verdict
+
+__all__ = [
+    "Guard",
+    "InputError",
+    "InputJacobian",
+    "LeakageReport",
+    "LossGradient",
+    "Policy",
+    "ThreatModel",
+    "UnsupportedModelError",
+    "Verdict",
+    "attacks",
+    "defenses",
+    "leakage",
+    "linalg",
+    "load_gradient",
+    "save_gradient",
+]

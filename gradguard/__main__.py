@@ -1,0 +1,5 @@
+"""`python -m gradguard`."""
+
+from gradguard.cli import main
+
+main()

@@ -1,0 +1,107 @@
+"""Attacks on the labels alone: how many examples of each class a batch holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from gradguard.attacks.base import Attack, Observation, Reconstruction
+from gradguard.attacks.labels import idlg_label, labels_of, observed_head, restore_label_counts
+from gradguard.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ILRG(Attack):
+    """Ma et al. 2023, "Instance-wise batch label restoration via gradients in federated learning" (ICLR).
+
+    From the gradient of the last layer, weight and bias: `label_counts` `(C,)` that sum to the batch size, and
+    `labels` `(B,)` with each class as often, in ascending order. Knows the model and the batch size; neither inputs
+    nor labels. Converged: the solution rounds to non-negative integers of the right sum without being pushed.
+
+    `refinements`: 0 is the paper's method; more let it try as many better-conditioned estimates of the features per
+    class, and the answer that explains the last layer's gradient best is kept (see `restore_label_counts`). Differs
+    from the authors' code in: counts always sum to the batch size (theirs are rounded class by class).
+
+    `details`: `residual`: relative distance of the last layer's gradient from the one that the answer explains;
+    `refinement`: which answer won, 0 for the paper's; `rounding`: largest change by rounding, in examples;
+    `certainty`: mean over the present classes of their largest probability: near `1/C` on an untrained model, near 1
+    on a trained one, where the method's approximation breaks.
+    """
+
+    recovers_inputs: ClassVar[bool] = False
+
+    refinements: int = 2
+
+    def __post_init__(self) -> None:
+        if self.refinements < 0:
+            raise InputError(f"`refinements` must not be negative, got {self.refinements}. 0 is the published method.")
+
+    def check(self, observation: Observation) -> None:
+        """A head with a bias, under a mean cross-entropy, whose gradient is not zero."""
+        observed_head(observation, needs_bias=True)
+
+    def run(self, observation: Observation, generator: torch.Generator | None) -> Reconstruction:
+        """Closed form; `generator` is not used."""
+        head = observed_head(observation, needs_bias=True)
+        assert head.bias is not None  # `observed_head` has made sure
+        parameters, sent = observation.loss_gradient.parameters(), observation.sent
+        found = restore_label_counts(
+            sent[head.weight],
+            sent[head.bias],
+            parameters[head.weight],
+            parameters[head.bias],
+            observation.batch_size,
+            refinements=self.refinements,
+        )
+        rounding = (found.solution - found.counts).abs().max().item()
+        return Reconstruction(
+            attack=self.name,
+            labels=labels_of(found.counts),
+            label_counts=found.counts,
+            converged=rounding < 0.5,
+            details={
+                "residual": found.mismatch,
+                "refinement": found.refinement,
+                "rounding": rounding,
+                "certainty": found.probabilities[found.counts > 0].amax(1).mean().item(),
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IDLGLabel(Attack):
+    """Zhao, Mopuri & Bilen 2020, "iDLG": the label of a single example from the signs of the last layer's gradient.
+
+    Works without a bias too, from three classes on. Converged: exactly one sign is negative, as it is in an
+    unperturbed gradient (told from the bias; without one, always).
+    """
+
+    recovers_inputs: ClassVar[bool] = False
+
+    def check(self, observation: Observation) -> None:
+        """One example, a head under a mean cross-entropy; three classes if the head has no bias."""
+        if observation.batch_size != 1:
+            raise InputError(
+                f"iDLG's rule tells the label of one example, not of {observation.batch_size}. Use ILRG for a batch."
+            )
+        head = observed_head(observation, needs_bias=False)
+        if head.bias is None and head.num_classes < 3:
+            raise InputError(
+                "With two classes and no bias in the head, the gradient's signs do not tell the label. "
+                "Use `nn.Linear(..., bias=True)`."
+            )
+
+    def run(self, observation: Observation, generator: torch.Generator | None) -> Reconstruction:
+        """Closed form; `generator` is not used."""
+        head = observed_head(observation, needs_bias=False)
+        slopes = observation.sent[head.bias] if head.bias is not None else None
+        label = idlg_label(observation.sent[head.weight], slopes)
+        return Reconstruction(
+            attack=self.name,
+            labels=label[None],
+            label_counts=F.one_hot(label, head.num_classes),
+            converged=slopes is None or int((slopes < 0).sum()) == 1,
+        )

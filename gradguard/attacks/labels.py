@@ -1,0 +1,450 @@
+"""What the last layer's gradient tells about labels: iDLG's single label, iLRG's counts per class.
+
+`C` classes, `m` features (what the last layer, the head, takes in), `B` examples. The head computes `z = W e + b`
+from features `e`, and `p = softmax(z)`. Under a mean cross-entropy
+
+    grad W_c = (1/B) sum_r (p_r[c] - [y_r = c]) e_r,    grad b_c = (1/B) sum_r (p_r[c] - [y_r = c]),
+
+and all that follows stands on these two lines. In them features only ever stand in sums: wherever a function takes
+`weight_gradient` `(C, m)`, its image `weight_gradient @ W.T` `(C, C)` under the head serves as well and gives the
+image of the result. `restore_label_counts` works on that image, which it needs anyway. (The one thing that depends on
+the space is how far `centred_class_embeddings` draws its centre to 0: it measures lengths where it works.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradguard.attacks.base import Observation
+from gradguard.errors import InputError, UnsupportedModelError
+from gradguard.gradients import LossGradient
+
+#: The authors' code cuts the embeddings' decimal exponents at 10, so that a vanishing `grad b_c` stays finite.
+EMBEDDING_CAP = 1e10
+#: Singular values of the system (pivots of its LU) that count as zero; its regular ones are near 1.
+SINGULAR = 1e-5
+
+# ---------------------------------------------------------------------- the head
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationHead:
+    """The `nn.Linear` whose output is the model's.
+
+    `weight`, `bias`: its parameters' names in `named_parameters()` (`bias` is `None` without one), of shapes
+    `(num_classes, num_features)` and `(num_classes,)`. `log_softmax`: the model ends in a log-softmax after it.
+    """
+
+    weight: str
+    bias: str | None
+    num_classes: int
+    num_features: int
+    log_softmax: bool = False
+
+
+def classification_head(model: nn.Module | LossGradient, input_shape: Sequence[int]) -> ClassificationHead:
+    """The head of `model`, found by running two random examples and looking for the Linear whose output comes out.
+
+    `input_shape`: of one example. Costs one forward pass; changes nothing in the model.
+    Raises `UnsupportedModelError`, naming the module, if the outputs are no `(B, C)`, if no Linear gives them (up to a
+    log-softmax), or if its weight is frozen, shared, used twice, or computed from other parameters.
+    """
+    function = model if isinstance(model, LossGradient) else LossGradient(model, F.cross_entropy, train_mode="eval")
+    function.check_model()
+    outputs, calls = _probe(function, input_shape)
+    name = type(function.model).__name__
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 2:
+        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise UnsupportedModelError(
+            f"Two examples through {name} give {found}. Labels are restored from models whose outputs are one row of "
+            "class scores per example, (B, C): flatten them, or return the scores alone."
+        )
+    for module_name, module, output in reversed(calls):
+        if not isinstance(module, nn.Linear) or output is None or output.shape != outputs.shape:
+            continue
+        log_softmax = torch.equal(output.log_softmax(1), outputs)
+        if log_softmax or torch.equal(output, outputs):
+            times = sum(m is module for _, m, _ in calls)
+            return _head(function, module_name, module, log_softmax=log_softmax, times=times)
+    last = f"{calls[-1][0]!r} ({type(calls[-1][1]).__name__})" if calls else "no module at all"
+    raise UnsupportedModelError(
+        f"The outputs of {name} are not those of an nn.Linear; the last layer that ran is {last}. Labels are restored "
+        "from the gradient of a Linear that gives the class scores: end the model in one (for a 1x1 convolution before "
+        "pooling: pool first), and leave the softmax to the loss."
+    )
+
+
+#: A layer that ran: its name, itself and, for a Linear, what came out.
+Call = tuple[str, nn.Module, Tensor | None]
+
+
+def _probe(function: LossGradient, input_shape: Sequence[int]) -> tuple[Tensor, list[Call]]:
+    """The outputs of two random examples, and the layers that ran on the way."""
+    shape = (2, *input_shape)
+    inputs = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(function.device)
+    calls: list[Call] = []
+
+    def recorder(name: str) -> Callable[[nn.Module, object, object], None]:
+        def record(module: nn.Module, _: object, output: object) -> None:
+            # A copy, since an activation after the head may work in place.
+            kept = output.clone() if isinstance(module, nn.Linear) and isinstance(output, Tensor) else None
+            calls.append((name, module, kept))
+
+        return record
+
+    handles = [
+        module.register_forward_hook(recorder(name or type(module).__name__))
+        for name, module in function.model.named_modules()
+        if isinstance(module, nn.Linear) or not any(True for _ in module.children())
+    ]
+    try:
+        with torch.no_grad():
+            return function.outputs(function.parameters(), function.cast(inputs)), calls
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise InputError(
+            f"Inputs of shape {shape} do not go through {type(function.model).__name__}: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _head(function: LossGradient, name: str, module: nn.Linear, *, log_softmax: bool, times: int) -> ClassificationHead:
+    """The head that `module` is, once it is sure that its weight's gradient is the head's alone."""
+    names = {id(p): n for n, p in function.model.named_parameters()}
+    weight = names.get(id(module.weight))
+    owners = sum(any(p is module.weight for p in m.parameters(recurse=False)) for m in function.model.modules())
+    why = None
+    if weight is None:
+        why = "its weight is computed from other parameters (a parametrization): fold it in first"
+    elif not module.weight.requires_grad:
+        why = "its weight is frozen, so its gradient is not sent"
+    elif times > 1 or owners > 1:
+        why = "its weight is used in more than one place, so its gradient is not the head's alone"
+    if weight is None or why is not None:
+        raise UnsupportedModelError(f"Labels cannot be restored from the head {name!r}: {why}.")
+    # A bias that is frozen is as good as none: its gradient is not sent.
+    bias = names.get(id(module.bias)) if module.bias is not None and module.bias.requires_grad else None
+    return ClassificationHead(
+        weight=weight,
+        bias=bias,
+        num_classes=module.out_features,
+        num_features=module.in_features,
+        log_softmax=log_softmax,
+    )
+
+
+def check_cross_entropy(function: LossGradient, head: ClassificationHead) -> None:
+    """Raises `InputError` unless the loss is a mean cross-entropy of class indices, on the head's outputs.
+
+    Compares the loss's gradient with `(softmax(z) - onehot(y)) / B` on random scores, so that any loss that is one
+    passes, whatever its name.
+    """
+    rows = min(head.num_classes, 32)
+    scores = torch.randn(rows, head.num_classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = function.cast(scores.to(function.device)).requires_grad_()
+    targets = torch.arange(rows, device=scores.device) * head.num_classes // rows
+    rule = (
+        "Labels are restored under a mean cross-entropy with class indices: `nn.CrossEntropyLoss()` on scores (or "
+        "`nn.NLLLoss()` on a log-softmax), without class weights or label smoothing."
+    )
+    try:
+        with torch.enable_grad():
+            loss = function.loss_fn(scores.log_softmax(1) if head.log_softmax else scores, targets)
+            (own,) = torch.autograd.grad(loss, scores)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise InputError(
+            f"The loss {function.loss_fn} does not take class scores and class indices: {error} {rule}"
+        ) from error
+    expected = (scores.detach().softmax(1) - F.one_hot(targets, head.num_classes).to(scores.dtype)) / rows
+    tolerance = torch.finfo(scores.dtype).eps ** 0.5
+    if torch.allclose(own, expected, rtol=0, atol=tolerance / rows):
+        return
+    if torch.allclose(own / rows, expected, rtol=0, atol=tolerance / rows):
+        raise InputError(
+            f"The loss {function.loss_fn} sums over the batch. Labels are restored from the mean gradient: use "
+            '`reduction="mean"` and divide the sent gradient by the batch size.'
+        )
+    raise InputError(
+        f"The gradient of the loss {function.loss_fn} in the scores is not (softmax(z) - onehot(y)) / B. {rule}"
+    )
+
+
+def observed_head(observation: Observation, *, needs_bias: bool) -> ClassificationHead:
+    """The head of an observation's model, after every check that needs no attack.
+
+    Raises `UnsupportedModelError` for a model without a head, or one without a bias where `needs_bias`, and
+    `InputError` for a single output, another number of classes, another loss, or a head whose gradient is zero.
+    """
+    function = observation.loss_gradient
+    head = classification_head(function, observation.input_shape)
+    name = head.weight.rpartition(".")[0] or head.weight
+    if head.num_classes < 2:
+        raise InputError(
+            f"The head {name!r} has one output; labels are restored from two classes on. Give the attacker the labels."
+        )
+    if observation.num_classes not in (None, head.num_classes):
+        raise InputError(
+            f"The observation says `num_classes={observation.num_classes}`, the head {name!r} has {head.num_classes} "
+            "outputs. Give the same number, or leave it out."
+        )
+    if needs_bias and head.bias is None:
+        raise UnsupportedModelError(
+            f"The head {name!r} has no trainable bias. iLRG divides the weight's gradient by the bias's; without one "
+            "only the label of a single example can be told (`IDLGLabel`). Use `nn.Linear(..., bias=True)`."
+        )
+    check_cross_entropy(function, head)
+    telling = head.bias if needs_bias and head.bias is not None else head.weight
+    if not observation.sent[telling].any():
+        raise InputError(f"The sent gradient of {telling!r} is zero everywhere: it tells nothing about the labels.")
+    return head
+
+
+# ---------------------------------------------------------------------- one example
+
+
+def idlg_label(weight_gradient: Tensor | None = None, bias_gradient: Tensor | None = None) -> Tensor:
+    """The label of a single example: shape `()`, int64 (Zhao, Mopuri & Bilen 2020).
+
+    `weight_gradient`: `(C, m)`; `bias_gradient`: `(C,)`; one of them is enough, and the bias's is taken if both are
+    there. `p - onehot(y)` is negative at the label and nowhere else. The bias's gradient is that vector. The weight's
+    is that vector times the features, whose signs are unknown: the label's row is the one that points against all
+    others. With two classes both rows do, and only the bias tells: raises `InputError`.
+    """
+    if bias_gradient is not None:
+        return bias_gradient.argmin()
+    if weight_gradient is None:
+        raise InputError("Give the head's weight gradient or its bias gradient.")
+    if len(weight_gradient) < 3:
+        raise InputError(
+            f"With {len(weight_gradient)} classes the weight's gradient alone does not tell the label: the rows are "
+            "each other's negatives. Give the bias's gradient."
+        )
+    # Along the largest row, the vector p - onehot(y) up to its sign; the sign is right if most entries are positive.
+    scores = weight_gradient @ weight_gradient[weight_gradient.norm(dim=1).argmax()]
+    upright = (scores > 0).sum() >= (scores < 0).sum()
+    return torch.where(upright, scores, -scores).argmin()
+
+
+# ---------------------------------------------------------------------- a batch: features and probabilities per class
+
+
+def class_embeddings(weight_gradient: Tensor, bias_gradient: Tensor) -> Tensor:
+    """`e_c = grad W_c / grad b_c`, what stands for the features of class `c`'s examples (Ma et al. 2023).
+
+    `weight_gradient`: `(C, m)` or its image under the head; `bias_gradient`: `(C,)`. Returns `(C, m)`.
+    Exact if the class is absent and all examples are alike. Differs from the authors' code in: no rounding to seven
+    digits, and 0 instead of `1e10 grad W_c` where `grad b_c` is 0.
+    """
+    known = bias_gradient.abs() > torch.finfo(bias_gradient.dtype).tiny
+    inverse = torch.where(known, bias_gradient, torch.ones_like(bias_gradient)).reciprocal() * known
+    return (weight_gradient * inverse[:, None]).clamp(-EMBEDDING_CAP, EMBEDDING_CAP)
+
+
+def centred_class_embeddings(weight_gradient: Tensor, bias_gradient: Tensor, counts: Tensor, batch_size: int) -> Tensor:
+    """Features per class that stay finite where `grad b_c` vanishes, given an estimate of the counts (ours).
+
+    `weight_gradient`: `(C, m)` or its image under the head; `bias_gradient`: `(C,)`; `counts`: `(C,)`, real numbers
+    (all zeros: every class gets the centre). Returns `(C, m)`.
+
+    iLRG's quotient amplifies the distance of a class from the others by `n_c / (B grad b_c)`, without bound where a
+    class has just as many examples as the model expects. With `a` the features' mean,
+
+        grad W_c - grad b_c a = (1/B) [sum_r p_r[c] (e_r - a) - sum_{r: y_r = c} (e_r - a)],
+
+    and the first sum nearly vanishes where `p[c]` varies little over the batch, so `e_c` is
+    `a - (B / n_c) (grad W_c - grad b_c a)`: a quotient by the count. The same equation, read as a regression of
+    `grad W_c` on `grad b_c` whose noise grows with `n_c`, gives `a`. Where every class comes as often as expected the
+    regression has nothing to go by, and `a` is drawn to 0 by as much as noise alone would explain (James and Stein).
+    """
+    counts = counts.clamp_min(0)
+    trust = 1 / (counts + 1)
+    product = (trust * bias_gradient) @ weight_gradient
+    square = trust @ bias_gradient.square()
+    explained = product.square().sum() / square
+    unexplained = (trust @ weight_gradient.square().sum(1) - explained) / (len(counts) - 1)
+    tiny = torch.finfo(explained.dtype).tiny
+    centre = product / square * (1 - unexplained / explained.clamp_min(tiny)).clamp(0, 1)
+    present = counts > 0.5
+    scale = torch.where(present, batch_size / counts.clamp_min(1), torch.zeros_like(counts))
+    own = (bias_gradient[:, None] * centre - weight_gradient) * scale[:, None]
+    return (centre + own).clamp(-EMBEDDING_CAP, EMBEDDING_CAP)
+
+
+def class_probabilities(embeddings: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`p_j = softmax(W e_j + b)`: `(C, C)`, row `j` for the examples of class `j` (Ma et al. 2023).
+
+    `embeddings`: `(C, m)`; `weight`: `(C, m)`; `bias`: `(C,)`.
+    """
+    return F.linear(embeddings, weight, bias).softmax(1)
+
+
+# ---------------------------------------------------------------------- a batch: the counts
+
+
+def label_system(probabilities: Tensor, bias_gradient: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """The linear system of the counts `n` (Ma et al. 2023): coefficients `(C+1, C)` and values `(C+1,)`.
+
+    First `sum_j n_j = B`, then for every class `i`: `sum_j n_j p_j[i] - n_i = B grad b_i`.
+    """
+    balance = probabilities.T - torch.eye(len(probabilities), dtype=probabilities.dtype, device=probabilities.device)
+    coefficients = torch.cat([torch.ones_like(balance[:1]), balance])
+    values = torch.cat([bias_gradient.new_full((1,), batch_size), batch_size * bias_gradient])
+    return coefficients, values
+
+
+def solve_label_counts(probabilities: Tensor, bias_gradient: Tensor, batch_size: int) -> Tensor:
+    """The least-squares solution of `label_system`, real numbers that sum to `B`: shape `(C,)`.
+
+    The columns of `P^T - I` sum to zero, so the balance equations live among the vectors of sum zero, and the first
+    equation in what is left. With `s = 1 / sqrt(C)`, the square system
+
+        (P^T - I + s 1 1^T) n = B (grad b - mean(grad b)) + s B
+
+    therefore has the tall one's residual, but for a constant, and its solution; LU costs a small part of an SVD.
+    Where probabilities are saturated at 0 and 1 the system is singular, and the solution of least norm is taken.
+    Differs from the authors' code in: singular values count as zero from `SINGULAR` down (theirs: 1e-15 of the
+    largest, which lets counts of 1e11 through).
+    """
+    classes = len(probabilities)
+    share = classes**-0.5
+    square = probabilities.T - torch.eye(classes, dtype=probabilities.dtype, device=probabilities.device) + share
+    values = batch_size * (bias_gradient - bias_gradient.mean() + share)
+    factors, pivots, _ = torch.linalg.lu_factor_ex(square)
+    if factors.diagonal().abs().min() > SINGULAR:
+        return torch.linalg.lu_solve(factors, pivots, values[:, None])[:, 0]
+    # Iterated Tikhonov regularisation: from 0, three steps leave (SINGULAR / sigma)^6 of a singular value's part.
+    normal = square.T @ square
+    normal.diagonal().add_(SINGULAR**2)
+    factor = torch.linalg.cholesky(normal)
+    solution = torch.zeros_like(values)
+    for _ in range(3):
+        residual = square.T @ (values - square @ solution)
+        solution = solution + torch.cholesky_solve(residual[:, None], factor)[:, 0]
+    return solution
+
+
+def round_counts(solution: Tensor, batch_size: int) -> Tensor:
+    """The non-negative integers of sum `B` nearest to `solution` in Euclidean distance: shape `(C,)`, int64.
+
+    Projects onto the non-negative vectors of sum `B` (all classes lowered alike, negative ones set to 0), then rounds
+    down and gives what is missing to the largest remainders; ties go to the first classes. Differs from the authors'
+    code in: that rounds each class by itself and reports counts of any sum.
+    """
+    limit = 1e6 * batch_size  # beyond it, integers would be lost to rounding
+    x = torch.nan_to_num(solution.double(), nan=0.0, posinf=limit, neginf=-limit).clamp(-limit, limit)
+    descending = x.sort(descending=True).values
+    excess = (descending.cumsum(0) - batch_size) / torch.arange(1, len(x) + 1, device=x.device)
+    # The projection lowers by the excess of as many leading classes as stay above it.
+    lowered = (x - excess[(descending > excess).sum() - 1]).clamp_min(0)
+    whole = lowered.floor()
+    rank = (lowered - whole).argsort(descending=True, stable=True).argsort()
+    return (whole + (rank < (batch_size - whole.sum()).round())).to(torch.int64)
+
+
+def head_mismatch(
+    counts: Tensor,
+    embeddings: Tensor,
+    probabilities: Tensor,
+    weight_gradient: Tensor,
+    bias_gradient: Tensor,
+    batch_size: int,
+) -> Tensor:
+    """How far a batch of `counts[c]` examples of features `embeddings[c]` is from the head's gradient: shape `()`.
+
+    The norm of the difference of the gradients over weight and bias, relative to that of the sent one: 0 is a
+    perfect explanation. `embeddings` and `weight_gradient`: `(C, m)`, or both their images under the head.
+    """
+    n = counts.to(probabilities.dtype)
+    balance = (probabilities * n[:, None]).T - torch.diag(n)
+    sent = torch.cat([weight_gradient, bias_gradient[:, None]], dim=1)
+    own = torch.cat([balance @ embeddings, balance.sum(1, keepdim=True)], dim=1) / batch_size
+    return torch.linalg.vector_norm(own - sent) / torch.linalg.vector_norm(sent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoredCounts:
+    """What `restore_label_counts` found.
+
+    `counts`: `(C,)` int64, sums to `B`; `solution`: `(C,)`, before rounding; `probabilities`: `(C, C)`, row `j` for
+    class `j`; `mismatch`: see `head_mismatch`; `refinement`: which answer was kept, 0 for the paper's.
+    """
+
+    counts: Tensor
+    solution: Tensor
+    probabilities: Tensor
+    mismatch: float
+    refinement: int
+
+
+def restore_label_counts(
+    weight_gradient: Tensor,
+    bias_gradient: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    batch_size: int,
+    *,
+    refinements: int = 2,
+) -> RestoredCounts:
+    """How many examples of each class stand in a batch, from the gradient of its last layer. Computes in float64.
+
+    `weight_gradient`, `weight`: `(C, m)`; `bias_gradient`, `bias`: `(C,)`; `batch_size`: `B`.
+    `refinements`: 0 is iLRG as published (class-wise embeddings, their probabilities, the system's least-squares
+    solution, rounded). More add as many answers from `centred_class_embeddings`, each from the last one's counts, the
+    first from the counts if all examples were alike; of all answers the one that explains the head's gradient best is
+    kept.
+    """
+    gradient, slopes, weight, bias = (t.detach().double() for t in (weight_gradient, bias_gradient, weight, bias))
+    image = gradient @ weight.T
+    answers: list[tuple[Tensor, Tensor, Tensor]] = []
+    mismatches = []
+    for refinement in range(refinements + 1):
+        if refinement == 0:
+            embeddings = class_embeddings(image, slopes)
+        elif refinement == 1:
+            centre = centred_class_embeddings(image, slopes, torch.zeros_like(slopes), batch_size)[0]
+            alike = batch_size * ((centre + bias).softmax(0) - slopes + slopes.mean())  # B grad b = B p - n
+            embeddings = centred_class_embeddings(image, slopes, alike, batch_size)
+        else:
+            embeddings = centred_class_embeddings(image, slopes, answers[-1][1], batch_size)
+        probabilities = (embeddings + bias).softmax(1)
+        solution = solve_label_counts(probabilities, slopes, batch_size)
+        counts = round_counts(solution, batch_size)
+        answers.append((counts, solution, probabilities))
+        mismatches.append(head_mismatch(counts, embeddings, probabilities, image, slopes, batch_size))
+    errors = torch.nan_to_num(torch.stack(mismatches), nan=torch.inf)
+    best = int(errors.argmin())
+    counts, solution, probabilities = answers[best]
+    return RestoredCounts(
+        counts=counts,
+        solution=solution,
+        probabilities=probabilities,
+        mismatch=float(errors[best]),
+        refinement=best,
+    )
+
+
+def infer_labels(observation: Observation) -> Tensor:
+    """The labels of an observation's batch, `(B,)` int64 in ascending order: iDLG's for one example, else iLRG's.
+
+    Raises what `observed_head` raises.
+    """
+    single = observation.batch_size == 1
+    head = observed_head(observation, needs_bias=not single)
+    sent, parameters = observation.sent, observation.loss_gradient.parameters()
+    if single or head.bias is None:
+        return idlg_label(sent[head.weight], sent[head.bias] if head.bias is not None else None)[None]
+    restored = restore_label_counts(
+        sent[head.weight], sent[head.bias], parameters[head.weight], parameters[head.bias], observation.batch_size
+    )
+    return labels_of(restored.counts)
+
+
+def labels_of(counts: Tensor) -> Tensor:
+    """Each class as often as `counts` `(C,)` says, in ascending order: shape `(B,)`, int64."""
+    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)

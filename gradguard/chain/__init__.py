@@ -1,0 +1,24 @@
+"""A model as a chain of layers: `z = W patches(x) + b`, an elementwise activation, a reshape, and so on.
+
+What R-GAP and the rank analysis walk along. The model is traced with `torch.fx`, so nested `nn.Sequential` and a plain
+`forward` that calls its submodules one after another both work; a model that is not a chain is refused by the name of
+the module that breaks it. Source: Zhu & Blaschko 2021 (arXiv 2010.07733), section 3.
+"""
+
+from gradguard.chain.steps import Activation, Affine, Chain, Reshape, Shape, Step, Tail, all_parameters
+from gradguard.chain.system import LayerSystem, few_threads
+from gradguard.chain.walk import walk
+
+__all__ = [
+    "Activation",
+    "Affine",
+    "Chain",
+    "LayerSystem",
+    "Reshape",
+    "Shape",
+    "Step",
+    "Tail",
+    "all_parameters",
+    "few_threads",
+    "walk",
+]

@@ -1,0 +1,275 @@
+"""The steps of a chain: what each computes, its transpose, its inverse.
+
+Letters, beside those of `gradients.py`: a layer has `G` groups of `F` filters each, `T` weights per filter and `L`
+positions of the output, so per group `W` is `(F, T)`, the patches are `(T, L)` and `z` and `k = dl/dz` are `(F, L)`.
+A linear layer is the case `G = L = 1`. Values here are of one example, without a batch dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradguard.errors import UnsupportedModelError
+from gradguard.gradients import Gradient, LossGradient
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Affine:
+    """A linear or convolutional layer: bilinear in its weight and its input, so each follows from the other two.
+
+    `name`: the module's path; `kind`: "Linear" or "Conv2d"; `weight`, `bias`: names of its parameters (`bias` may be
+    `None`). `kernel`, `stride`, `dilation`, `padding`: (height, width); `extra_padding`: zeros at the bottom and right
+    beyond `padding` (an even kernel with "same"). Padding is known to be zero and is no unknown.
+    """
+
+    name: str
+    kind: str
+    weight: str
+    bias: str | None
+    input_shape: Shape
+    output_shape: Shape
+    groups: int = 1
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    extra_padding: tuple[int, int] = (0, 0)
+
+    @property
+    def unknowns(self) -> int:
+        """Elements of the input."""
+        return math.prod(self.input_shape)
+
+    @property
+    def outputs(self) -> int:
+        """Elements of the output."""
+        return math.prod(self.output_shape)
+
+    @property
+    def filters(self) -> int:
+        """Output channels (features) of all groups."""
+        return self.output_shape[0]
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of the weight."""
+        return self.filters * self.taps
+
+    @property
+    def taps(self) -> int:
+        """`T`, the weights of one filter."""
+        return (self.input_shape[0] // self.groups) * math.prod(self.kernel)
+
+    @property
+    def overlap(self) -> int:
+        """How many equations the weight constraints `W x = z` and the gradient constraints `grad W = k (*) x` share.
+
+        Row `w_f` against the gradient constraints of `k_g` says the same as `k_g` against the weight constraints of
+        `w_f`: `F^2` equations per group, of which `(F - rank w) (F - rank k)` follow from the others. For weights
+        and `k` in general position.
+        """
+        filters = self.filters // self.groups
+        free = (filters - min(filters, self.taps)) * (filters - min(filters, self.outputs // self.filters))
+        return self.groups * (filters**2 - free)
+
+    def rank_bound(self, *, gradients: bool = True) -> int:
+        """How many unknowns the constraints can at most determine. `gradients`: whether the weight's is sent."""
+        return min(self.unknowns, self.outputs + (self.num_weights - self.overlap if gradients else 0))
+
+    def __call__(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The layer's output, bias included: `input_shape -> output_shape`."""
+        return (self.matrix(parameters[self.weight]) @ self.patches(x)).reshape(self.output_shape) + self.offset(
+            parameters
+        )
+
+    def offset(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The bias in a shape that adds to an output; zero without one."""
+        if self.bias is None:
+            return parameters[self.weight].new_zeros(())
+        return parameters[self.bias].reshape(-1, *[1] * (len(self.output_shape) - 1))
+
+    def patches(self, x: Tensor) -> Tensor:
+        """What each weight of a filter meets at each position: `input_shape -> (G, T, L)`. Linear in `x`."""
+        if self.kind == "Linear":
+            return x.reshape(1, -1, 1)
+        bottom, right = self.extra_padding
+        x = x.reshape(1, *self.input_shape)
+        if bottom or right:
+            x = F.pad(x, (0, right, 0, bottom))
+        columns = F.unfold(x, self.kernel, dilation=self.dilation, padding=self.padding, stride=self.stride)
+        return columns.reshape(self.groups, -1, columns.shape[-1])
+
+    def unpatches(self, columns: Tensor) -> Tensor:
+        """The transpose of `patches`: `(G, T, L) -> input_shape`."""
+        if self.kind == "Linear":
+            return columns.reshape(self.input_shape)
+        _, height, width = self.input_shape
+        bottom, right = self.extra_padding
+        columns = columns.reshape(1, -1, columns.shape[-1])
+        padded = (height + bottom, width + right)
+        x = F.fold(columns, padded, self.kernel, dilation=self.dilation, padding=self.padding, stride=self.stride)
+        return x[0, :, :height, :width]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight, or its gradient, in the parameter's shape as `(G, F, T)`."""
+        return weight.reshape(self.groups, self.filters // self.groups, -1)
+
+    def rows(self, z: Tensor) -> Tensor:
+        """An output, or the loss's derivative by it, as `(G, F, L)`."""
+        return z.reshape(self.groups, self.filters // self.groups, -1)
+
+    def weight_gradient(self, x: Tensor, k: Tensor) -> Tensor:
+        """`grad W = k patches(x)^T`, as `(G, F, T)`. `k`: `output_shape`."""
+        return self.rows(k) @ self.patches(x).mT
+
+    def backward(self, k: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """`W^T k`: the loss's derivative by the layer's input. `k`: `output_shape`."""
+        return self.unpatches(self.matrix(parameters[self.weight]).mT @ self.rows(k))
+
+    def pixels(self) -> Tensor:
+        """Which pixel of a channel each tap of the kernel meets at each position: int64 `(taps, L)`, -1 for padding.
+
+        A linear layer has one pixel and one tap per input channel (feature).
+        """
+        if self.kind == "Linear":
+            return torch.zeros(1, 1, dtype=torch.int64)
+        height, width = self.input_shape[1:]
+        index = torch.arange(1, height * width + 1, dtype=torch.float64).reshape(1, height, width)
+        channel = replace(self, input_shape=(1, height, width), groups=1)
+        return channel.patches(index)[0].to(torch.int64) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation:
+    """An elementwise function. `function`: its value; `inverse_function`: `None` if it is not one-to-one.
+
+    `interval`: the open interval of its values; `kink`: the argument at which the derivative jumps, if there is one.
+    `name`: the module's path, or what the call is named in the trace.
+    """
+
+    kind: str
+    function: Callable[[Tensor], Tensor]
+    inverse_function: Callable[[Tensor], Tensor] | None = None
+    interval: tuple[float, float] = (-math.inf, math.inf)
+    kink: float | None = None
+    name: str = ""
+    input_shape: Shape = ()
+
+    @property
+    def output_shape(self) -> Shape:
+        """The shape of the values, which is that of the arguments."""
+        return self.input_shape
+
+    @property
+    def invertible(self) -> bool:
+        """Whether the argument follows from the value."""
+        return self.inverse_function is not None
+
+    def __call__(self, z: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The value at `z`, elementwise."""
+        return self.function(z)
+
+    def derivative(self, z: Tensor) -> Tensor:
+        """`a'(z)`, elementwise."""
+        return torch.func.grad(lambda t: self.function(t).sum())(z)
+
+    def outside(self, v: Tensor) -> Tensor:
+        """Where `v` is no value of the function (rounding or noise put it there): bool, shaped like `v`."""
+        low, high = self._limits(v.dtype)
+        return (v < low) | (v > high)
+
+    def inverse(self, v: Tensor) -> Tensor:
+        """`z` with `a(z) = v`; a `v` that is no value of the function counts as the nearest one that is."""
+        assert self.inverse_function is not None, f"{self.kind} has no inverse"
+        low, high = self._limits(v.dtype)
+        return self.inverse_function(v.clamp(low, high))
+
+    def _limits(self, dtype: torch.dtype) -> tuple[float, float]:
+        """The ends of the interval, moved inwards by one rounding of 1."""
+        eps = torch.finfo(dtype).eps
+        return self.interval[0] + eps, self.interval[1] - eps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reshape:
+    """The same elements in another shape: flatten, view, reshape."""
+
+    name: str
+    input_shape: Shape
+    output_shape: Shape
+    kind: str = "Reshape"
+
+    def __call__(self, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """`x` in the output's shape."""
+        return x.reshape(self.output_shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tail:
+    """A softmax over the outputs, after the last layer: part of the loss as far as the recursion is concerned."""
+
+    name: str
+    kind: str
+    function: Callable[[Tensor], Tensor]
+    input_shape: Shape
+
+    @property
+    def output_shape(self) -> Shape:
+        """The shape of the values, which is that of the arguments."""
+        return self.input_shape
+
+    def __call__(self, z: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The values at `z`, a vector."""
+        return self.function(z)
+
+
+Step = Affine | Activation | Reshape | Tail
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A model's steps, first to last. Parameters are passed in by name, as `LossGradient` has them."""
+
+    steps: tuple[Step, ...]
+    input_shape: Shape
+
+    @property
+    def affine_indices(self) -> tuple[int, ...]:
+        """Where in `steps` the layers with weights are."""
+        return tuple(i for i, s in enumerate(self.steps) if isinstance(s, Affine))
+
+    @property
+    def layers(self) -> tuple[Affine, ...]:
+        """The layers with weights, first to last."""
+        return tuple(s for s in self.steps if isinstance(s, Affine))
+
+    def __call__(
+        self, x: Tensor, parameters: Mapping[str, Tensor], *, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """The value after `steps[start:stop]`. `x`: the input of step `start`, one example without batch dimension."""
+        for step in self.steps[start:stop]:
+            x = step(x, parameters)
+        return x
+
+    def check_invertible(self, stop: int) -> None:
+        """Raises `UnsupportedModelError` if an activation before step `stop` is not one-to-one."""
+        for step in self.steps[:stop]:
+            if isinstance(step, Activation) and not step.invertible:
+                raise UnsupportedModelError(
+                    f"Activation {step.name!r} ({step.kind}) is not one-to-one, so the output of the layer before it "
+                    "does not follow from its value. Use LeakyReLU, ELU, Softplus, Sigmoid or Tanh there, or attack by "
+                    "gradient matching."
+                )
+
+
+def all_parameters(gradient: LossGradient) -> Gradient:
+    """Trainable and frozen parameters by name, in the computing dtype: what a `Chain` is called with."""
+    return gradient.constants() | gradient.parameters()

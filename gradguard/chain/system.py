@@ -1,0 +1,83 @@
+"""What a layer's output and gradient say about its input, as one linear system.
+
+Source: Zhu & Blaschko 2021 (arXiv 2010.07733), section 3.2: weight constraints and gradient constraints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradguard.chain.steps import Affine
+from gradguard.linalg import LinearOperator
+from gradguard.linalg.threads import one_thread
+
+#: Multiplications in one product with a layer's weights below which more CPU threads do not pay.
+_SMALL = 200_000_000
+
+
+@dataclass(frozen=True)
+class LayerSystem:
+    """The constraints on one layer's input `x`: `W x = z` and `grad W = k (*) x`, rows scaled to norm 1.
+
+    Both kinds of row are products of the layer's patches with a small matrix, `(G, F, T)` or `(G, F, L)`; a row of
+    `W` has the norm of its filter and a row of the gradient constraints that of its filter's `k`, up to the padding.
+    Without the scaling a layer with small `k` would lose the gradient constraints to rounding.
+    `operator`: `R = 1` problem; `target`: the scaled right-hand side, shape `(1, rows)`.
+    """
+
+    layer: Affine
+    operator: LinearOperator
+    target: Tensor
+    gradient_constraints: int
+
+    @classmethod
+    def of(cls, layer: Affine, weight: Tensor, k: Tensor, z: Tensor, weight_gradient: Tensor | None) -> LayerSystem:
+        """`weight`, `weight_gradient` (`None`: frozen): the parameter's shape. `k`, `z`: `output_shape`."""
+        w, w_scale = _unit_rows(layer.matrix(weight))
+        target = [(layer.rows(z) * w_scale).flatten()]
+        outputs = target[0].numel()
+        if weight_gradient is None:
+            kk = w.new_zeros(*w.shape[:2], layer.outputs // layer.filters)
+            weights = 0
+        else:
+            kk, k_scale = _unit_rows(layer.rows(k))
+            target.append((layer.matrix(weight_gradient) * k_scale).flatten())
+            weights = weight.numel()
+
+        def matvec(v: Tensor) -> Tensor:
+            patches = layer.patches(v)
+            parts = [(w @ patches).flatten()] + ([(kk @ patches.mT).flatten()] if weights else [])
+            return torch.cat(parts)[None]
+
+        def rmatvec(u: Tensor) -> Tensor:
+            columns = w.mT @ u[0, :outputs].view(*w.shape[:2], -1)
+            if weights:
+                columns = columns + u[0, outputs:].view(w.shape).mT @ kk
+            return layer.unpatches(columns).reshape(1, -1)
+
+        operator = LinearOperator(matvec, rmatvec, (1, outputs + weights, layer.unknowns), w)
+        return cls(layer, operator, torch.cat(target)[None], weights)
+
+
+def _unit_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`matrix` `(G, F, n)` with rows scaled to norm 1, and the scales `(G, F, 1)`; a zero row stays zero."""
+    length = torch.linalg.vector_norm(matrix, dim=-1, keepdim=True)
+    scale = torch.where(length > 0, 1 / length, torch.zeros_like(length))
+    return matrix * scale, scale
+
+
+@contextmanager
+def few_threads(layers: Sequence[Affine]) -> Iterator[None]:
+    """One CPU thread while the systems of small layers are solved; the caller's number is put back.
+
+    A solve is a thousand products of some microseconds to milliseconds each. CNN6 takes 0.3 s on one thread and 0.5 s
+    on two; where other processes keep the cores busy, threads wait for each other at every product: 40 s.
+    """
+    small = max(layer.num_weights * (layer.outputs // layer.filters) for layer in layers) < _SMALL
+    with one_thread() if small else nullcontext():
+        yield

@@ -1,0 +1,341 @@
+"""From a model to its chain of steps, by symbolic tracing."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from gradguard.chain import links
+from gradguard.chain.steps import Affine, Chain, Reshape, Shape, Step, Tail, all_parameters
+from gradguard.errors import InputError, UnsupportedModelError
+from gradguard.gradients import LossGradient
+
+_WAY_OUT = (
+    "R-GAP walks Linear, Conv2d, elementwise activations, Flatten and reshapes, one after another; attack other models "
+    "by gradient matching."
+)
+
+
+def walk(gradient: LossGradient, input_shape: Sequence[int]) -> Chain:
+    """The model of `gradient` as a chain of steps. Costs a symbolic trace and two forward passes of one example.
+
+    `input_shape`: of one example, without the batch dimension.
+    Raises `UnsupportedModelError` naming the module (or the call in a `forward`) that is not a link of a chain, and
+    `InputError` if `input_shape` does not fit the model. Activations that are not one-to-one are links too; see
+    `Chain.check_invertible`.
+    """
+    input_shape = tuple(int(n) for n in input_shape)
+    if not input_shape or min(input_shape) < 1:
+        raise InputError(f"`input_shape` must be the shape of one example, such as (3, 32, 32), got {input_shape}.")
+    chain = Chain(_Walker(gradient, input_shape).steps(), input_shape)
+    if not chain.layers:
+        raise UnsupportedModelError(f"{_name(gradient.model)} has no Linear or Conv2d layer. {_WAY_OUT}")
+    _check_same_function(gradient, chain)
+    return chain
+
+
+def _check_same_function(gradient: LossGradient, chain: Chain) -> None:
+    """A hook is invisible to the trace: compare values once instead of trusting it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(chain.input_shape, generator=generator, dtype=torch.float64)
+    x = x.to(gradient.device, gradient.computing_dtype)
+    with torch.no_grad():
+        expected = gradient.outputs(gradient.parameters(), x[None])[0]
+        found = chain(x, all_parameters(gradient))
+    tolerance = torch.finfo(x.dtype).eps ** 0.5
+    scale = float(expected.abs().max())
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0, atol=tolerance * scale):
+        raise UnsupportedModelError(
+            f"{_name(gradient.model)} computes something else than its layers one after another: a forward hook "
+            "changes values, or a layer has been patched. Remove the hook, or write the model as nn.Sequential."
+        )
+
+
+class _Walker:
+    """One pass over the traced graph. Values are tensors on the meta device, with a batch of two, or plain numbers."""
+
+    def __init__(self, gradient: LossGradient, input_shape: Shape) -> None:
+        self.gradient = gradient
+        self.model = gradient.model
+        # A model that is one layer has no submodule to call; fx would trace into the layer itself.
+        self.single = fx.Tracer().is_leaf_module(self.model, "")
+        self.root = nn.Sequential(self.model) if self.single else self.model
+        self.input_shape = input_shape
+        self.names = {id(p): n for n, p in self.model.named_parameters()}
+        self.owners: dict[str, str] = {}
+        self.found: list[Step] = []
+        self.values: dict[fx.Node, Any] = {}
+        self.current: fx.Node | None = None
+
+    def steps(self) -> tuple[Step, ...]:
+        """Every step, first to last."""
+        for node in _nodes(self.root, self.model):
+            if node.op == "placeholder":
+                self._placeholder(node)
+            elif node.op == "get_attr":
+                self.values[node] = operator.attrgetter(str(node.target))(self.root)
+            elif node.op != "output":
+                self._call(node)
+            elif node.args[0] is not self.current:
+                raise UnsupportedModelError(
+                    f"{_name(self.model)} returns something else than the value of its last layer. {_WAY_OUT}"
+                )
+        return tuple(self.found)
+
+    def _placeholder(self, node: fx.Node) -> None:
+        if self.current is None:
+            self.current = node
+            self.values[node] = torch.empty(2, *self.input_shape, device="meta")
+        elif node.args:
+            self.values[node] = node.args[0]
+        else:
+            raise UnsupportedModelError(f"{_name(self.model)} takes more than one input ({node.target!r}). {_WAY_OUT}")
+
+    def _call(self, node: fx.Node) -> None:
+        sources = [n for n in node.all_input_nodes if isinstance(self.values[n], Tensor)]
+        if not sources or _is_shape_query(node):
+            self.values[node] = self._evaluate(node)
+            return
+        if sources != [self.current]:
+            why = links.REFUSED_CALLS.get(
+                node.target, "takes more than the value of the step before it (a branch or a skip)"
+            )
+            raise self._refusal(node, why)
+        step = self._module_step(node) if node.op == "call_module" else self._function_step(node)
+        if step is not None:
+            if isinstance(step, Affine):
+                self._check_no_tail(step)
+            self.found.append(step)
+        shape = self._shape if step is None else step.output_shape
+        self.values[node] = torch.empty(2, *shape, device="meta")
+        self.current = node
+
+    def _check_no_tail(self, layer: Affine) -> None:
+        for step in self.found:
+            if isinstance(step, Tail):
+                raise UnsupportedModelError(
+                    f"Module {step.name!r} ({step.kind}) comes before layer {layer.name!r}; a softmax can only come "
+                    f"last. {_WAY_OUT}"
+                )
+
+    # ------------------------------------------------------------------ steps; None for one that does nothing
+
+    def _module_step(self, node: fx.Node) -> Step | None:
+        name, module, kind = self._path(node), self._module(node), type(self._module(node))
+        if isinstance(module, nn.Linear) and kind is nn.Linear:
+            return self._linear(name, module)
+        if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
+            return self._conv(name, module)
+        if kind in links.ACTIVATION_MODULES:
+            return replace(links.ACTIVATION_MODULES[kind](module), name=name, input_shape=self._shape)
+        if kind in (nn.Flatten, nn.Unflatten):
+            return self._reshape(node)
+        if kind is nn.Identity:
+            return None
+        if kind in links.TAIL_MODULES:
+            return self._tail(node, kind.__name__, links.TAIL_MODULES[kind], dim=module.dim)
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            if not module.training or module.p == 0 or self.gradient.train_mode == "eval":
+                return None
+            raise self._refusal(node, "is in training mode and drops values at random. Call `model.eval()` first")
+        raise self._refusal(node, links.why_refused(module))
+
+    def _function_step(self, node: fx.Node) -> Step | None:
+        target = node.target
+        if target in links.RESHAPE_CALLS:
+            return self._reshape(node)
+        if target in links.ACTIVATION_CALLS:
+            activation = self._build(node, links.ACTIVATION_CALLS[target], *node.args[1:], **node.kwargs)
+            return replace(activation, name=self._path(node), input_shape=self._shape)
+        if target in links.TAIL_CALLS:
+            return self._tail(node, _call_name(node), links.TAIL_CALLS[target], *node.args[1:], **node.kwargs)
+        if target in (F.dropout, torch.dropout):
+            options = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
+            if options.get("training", True) is False or options.get("p", 0.5) == 0:
+                return None
+            raise self._refusal(node, "drops values at random. Call `model.eval()` first")
+        raise self._refusal(node, links.REFUSED_CALLS.get(target))
+
+    def _build(self, node: fx.Node, builder: Any, *args: Any, **kwargs: Any) -> Any:
+        """`builder` with the arguments of the call after the first, which is the chain's value."""
+        try:
+            return builder(None, *args, **{n: v for n, v in kwargs.items() if n != "input"})
+        except TypeError as error:
+            raise self._refusal(node, f"is called with arguments that are not known ({error})") from error
+
+    def _tail(self, node: fx.Node, kind: str, builder: Any, *args: Any, **kwargs: Any) -> Tail:
+        if len(self._shape) != 1:
+            raise self._refusal(node, "is a softmax over something else than the outputs")
+        return Tail(
+            name=self._path(node),
+            kind=kind,
+            function=self._build(node, builder, *args, **kwargs),
+            input_shape=self._shape,
+        )
+
+    def _reshape(self, node: fx.Node) -> Reshape:
+        try:
+            value = self._evaluate(node)
+        except (RuntimeError, IndexError, TypeError) as error:
+            raise self._refusal(node, f"fails on a batch of two examples ({error})") from error
+        if value.ndim < 2 or value.shape[0] != 2:
+            raise self._refusal(node, "mixes the examples of a batch. Keep the first dimension, as `x.flatten(1)` does")
+        return Reshape(name=self._path(node), input_shape=self._shape, output_shape=tuple(value.shape[1:]))
+
+    def _linear(self, name: str, module: nn.Linear) -> Affine:
+        if self._shape != (module.in_features,):
+            raise InputError(
+                f"Layer {name!r} (Linear) takes a vector of {module.in_features} features per example, but "
+                f"`input_shape` {self.input_shape} brings it {self._shape}. Check `input_shape`, or flatten "
+                "before the layer."
+            )
+        weight, bias = self._parameters(name, module)
+        return Affine(
+            name=name,
+            kind="Linear",
+            weight=weight,
+            bias=bias,
+            input_shape=self._shape,
+            output_shape=(module.out_features,),
+        )
+
+    def _conv(self, name: str, module: nn.Conv2d) -> Affine:
+        shape = self._shape
+        if len(shape) != 3 or shape[0] != module.in_channels:
+            raise InputError(
+                f"Layer {name!r} (Conv2d) takes pictures of {module.in_channels} channels, but `input_shape` "
+                f"{self.input_shape} brings it {shape}. Check `input_shape`."
+            )
+        if module.padding_mode != "zeros":
+            raise UnsupportedModelError(
+                f"Module {name!r} (Conv2d) pads with {module.padding_mode!r}; the recursion knows zeros only. Use "
+                '`padding_mode="zeros"`.'
+            )
+        weight, bias = self._parameters(name, module)
+        before, after = _padding(module)
+        stride, dilation, kernel = _pair(module.stride), _pair(module.dilation), _pair(module.kernel_size)
+        size = [
+            (shape[1 + i] + before[i] + after[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+        ]
+        if min(size) < 1:
+            raise InputError(
+                f"The kernel of layer {name!r} (Conv2d) is larger than its input {shape}. Check `input_shape`."
+            )
+        return Affine(
+            name=name,
+            kind="Conv2d",
+            weight=weight,
+            bias=bias,
+            input_shape=shape,
+            output_shape=(module.out_channels, *size),
+            groups=module.groups,
+            kernel=kernel,
+            stride=stride,
+            dilation=dilation,
+            padding=before,
+            extra_padding=(after[0] - before[0], after[1] - before[1]),
+        )
+
+    def _parameters(self, name: str, module: nn.Linear | nn.Conv2d) -> tuple[str, str | None]:
+        """The names of a layer's weight and bias among `named_parameters()`; each may serve one layer only."""
+        weight = self._parameter(name, "weight", module.weight)
+        return weight, None if module.bias is None else self._parameter(name, "bias", module.bias)
+
+    def _parameter(self, layer: str, kind: str, parameter: Tensor) -> str:
+        name = self.names.get(id(parameter))
+        if name is None:
+            raise UnsupportedModelError(
+                f"The {kind} of layer {layer!r} is computed from other parameters (a parametrization?). Take "
+                "`torch.nn.utils.parametrize.remove_parametrizations` to it."
+            )
+        if name in self.owners:
+            raise UnsupportedModelError(
+                f"Layer {layer!r} uses the parameter {name!r} a second time (first: {self.owners[name]!r}), so its "
+                f"gradient is the sum of two and belongs to neither. {_WAY_OUT}"
+            )
+        self.owners[name] = layer
+        return name
+
+    # ------------------------------------------------------------------ helpers
+
+    @property
+    def _shape(self) -> Shape:
+        """The shape of one example at the present end of the chain."""
+        assert self.current is not None
+        return tuple(self.values[self.current].shape[1:])
+
+    def _module(self, node: fx.Node) -> nn.Module:
+        return self.root.get_submodule(str(node.target))
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        """What the call gives for the values at hand: sizes, arithmetic on them, reshapes of meta tensors."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        function: Any = self._module(node) if node.op == "call_module" else node.target
+        return function(*args, **kwargs)
+
+    def _path(self, node: fx.Node) -> str:
+        """The module's path in the model; for a call in a `forward`, the path of that module and the call's name."""
+        if node.op == "call_module":
+            return _name(self.model) if self.single else str(node.target)
+        stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        return f"{stack[-1]}.{node.name}" if stack and stack[-1] else node.name
+
+    def _refusal(self, node: fx.Node, why: str | None) -> UnsupportedModelError:
+        if node.op == "call_module":
+            subject = f"Module {self._path(node)!r} ({_name(self._module(node))})"
+        else:
+            subject = f"The call {self._path(node)!r} ({_call_name(node)}) in the model's `forward`"
+        return UnsupportedModelError(f"{subject} {why or 'is no link of a chain of layers'}. {_WAY_OUT}")
+
+
+def _nodes(root: nn.Module, model: nn.Module) -> list[fx.Node]:
+    """The nodes of the trace that the output depends on, in order."""
+    try:
+        graph = fx.Tracer().trace(root)
+    except Exception as error:  # a forward may raise anything on a symbolic input
+        raise UnsupportedModelError(
+            f"The `forward` of {_name(model)} cannot be traced: it depends on the values of its input, or does what "
+            f"torch.fx cannot follow ({type(error).__name__}: {error}). Write the model as nn.Sequential."
+        ) from error
+    used: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op in ("placeholder", "output") or node in used:
+            used |= {node, *node.all_input_nodes}
+    return [n for n in graph.nodes if n in used]
+
+
+def _is_shape_query(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in links.SHAPE_METHODS
+    return node.target is getattr and node.args[1] in links.SHAPE_ATTRIBUTES
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _call_name(node: fx.Node) -> str:
+    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _pair(value: Sequence[int]) -> tuple[int, int]:
+    height, width = value
+    return int(height), int(width)
+
+
+def _padding(module: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Zeros before (top, left) and after (bottom, right); "same" puts the odd one after, as PyTorch does."""
+    if module.padding == "same":
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        before = _pair([t // 2 for t in total])
+        return before, (total[0] - before[0], total[1] - before[1])
+    both = (0, 0) if isinstance(module.padding, str) else _pair(module.padding)
+    return both, both

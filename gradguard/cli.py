@@ -1,0 +1,354 @@
+"""The command line: `gradguard demo | audit | check | rank`. Parsing and printing only.
+
+Exit codes: 0 fine, 1 the check says no, 2 bad usage or input.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import nn
+
+from gradguard.attacks import DLG, IDLG, ILRG, RGAP, Attack, InvertingGradients
+from gradguard.data import Pictures, digits, load_npz, photos
+from gradguard.defenses import Defense, GaussianNoise, PriorNoise, Pruning, SmallEigenspaceNoise
+from gradguard.errors import InputError
+from gradguard.files import load_gradient, load_weights, save_gradient, write_text
+from gradguard.guard import Guard
+from gradguard.models import NAMED
+from gradguard.policy import Policy, ThreatModel
+
+LOSSES: dict[str, Callable[[], nn.Module]] = {
+    "cross-entropy": nn.CrossEntropyLoss,
+    "binary-cross-entropy": nn.BCEWithLogitsLoss,
+    "mse": nn.MSELoss,
+}
+ATTACKS: dict[str, Callable[[], Attack]] = {
+    "rgap": RGAP,
+    "dlg": DLG,
+    "idlg": IDLG,
+    "ig": InvertingGradients,
+    "ilrg": ILRG,
+}
+DEFENSES: dict[str, Callable[[float], Defense]] = {
+    "gaussian": lambda strength: GaussianNoise(noise_ratio=strength),
+    "prior": lambda strength: PriorNoise(noise_ratio=strength),
+    "small-eigenspace": lambda strength: SmallEigenspaceNoise(noise_ratio=strength),
+    "pruning": lambda strength: Pruning(fraction=strength),
+}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gradguard")
+def main() -> None:
+    """What shared gradients give away, less of it, and the proof."""
+
+
+def reports_errors(command: Callable) -> Callable:
+    """An `InputError` becomes one line on standard error (or in the JSON) and exit code 2."""
+
+    @wraps(command)
+    def wrapped(*args: Any, as_json: bool, **kwargs: Any) -> None:
+        try:
+            command(*args, as_json=as_json, **kwargs)
+        except InputError as error:
+            if as_json:
+                click.echo(json.dumps({"error": str(error)}))
+            click.echo(f"gradguard: {error}", err=True)
+            sys.exit(2)
+
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(wrapped)
+
+
+def options(*decorators: Callable) -> Callable:
+    """Several click options as one decorator."""
+
+    def decorate(command: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+subject_options = options(
+    click.option(
+        "--model",
+        required=True,
+        help=f"A name ({', '.join(NAMED)}) or FILE.py:FACTORY or MODULE:FACTORY, a function that returns an nn.Module.",
+    ),
+    click.option(
+        "--weights",
+        type=click.Path(path_type=Path),
+        help="Its parameters as safetensors (default: as the factory draws them).",
+    ),
+    click.option(
+        "--data", default="digits", show_default=True, help='"digits", "photos", or an .npz with images and labels.'
+    ),
+    click.option("--loss", type=click.Choice(list(LOSSES)), default="cross-entropy", show_default=True),
+    click.option(
+        "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="The first examples of the data."
+    ),
+    click.option("--defense", type=click.Choice(list(DEFENSES)), help="Perturb the gradient by this."),
+    click.option(
+        "--strength",
+        type=float,
+        default=0.5,
+        show_default=True,
+        help="Noise norm relative to the gradient's; for pruning, the fraction.",
+    ),
+    click.option(
+        "--attack",
+        "attack_names",
+        type=click.Choice(list(ATTACKS)),
+        multiple=True,
+        help="Attack with this; may be repeated (default: rgap, dlg, ilrg).",
+    ),
+    click.option(
+        "--attacked", type=click.IntRange(1), default=4, show_default=True, help="How many examples to attack."
+    ),
+    click.option(
+        "--min-error",
+        type=float,
+        default=0.1,
+        show_default=True,
+        help="Policy: least predicted error, as a fraction of the value range.",
+    ),
+    click.option(
+        "--max-psnr",
+        type=float,
+        default=20.0,
+        show_default=True,
+        help="Policy: highest PSNR (dB) that an attack may reach.",
+    ),
+    click.option("--max-labels", type=float, help="Policy: highest share of labels that may be recovered."),
+    click.option("--device", default="cpu", show_default=True),
+    click.option("--seed", type=int, default=0, show_default=True),
+)
+
+
+class Subject:
+    """The model, the data and the guard that a command line describes."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        weights: Path | None,
+        data: str,
+        loss: str,
+        batch_size: int,
+        defense: str | None,
+        strength: float,
+        attack_names: tuple[str, ...],
+        attacked: int,
+        min_error: float,
+        max_psnr: float,
+        max_labels: float | None,
+        device: str,
+        seed: int,
+    ) -> None:
+        torch.manual_seed(seed)
+        place = checked_device(device)
+        self.model, default_shape = load_model(model)
+        if weights is not None:
+            load_weights(weights, self.model)
+        self.model.to(place).eval()
+        pictures = load_pictures(data, default_shape)
+        self.inputs = pictures.images[:batch_size].to(place)
+        labels = pictures.labels[:batch_size].to(place)
+        self.targets = labels if loss == "cross-entropy" else labels[:, None].to(self.inputs.dtype)
+        self.loss_fn = LOSSES[loss]()
+        self.class_names = pictures.class_names
+        self.generator = torch.Generator().manual_seed(seed)
+        self.guard = Guard(
+            defense=DEFENSES[defense](strength) if defense else None,
+            attacks=[ATTACKS[n]() for n in attack_names] or None,
+            policy=Policy(
+                minimum_predicted_error=min_error, maximum_attacked_psnr=max_psnr, maximum_label_recovery=max_labels
+            ),
+            threat=ThreatModel(max_attacked=attacked),
+        )
+
+
+@main.command()
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("gradguard-report"),
+    show_default=True,
+    help="The report's folder.",
+)
+@click.option("--steps", type=click.IntRange(1), default=100, show_default=True, help="Training steps.")
+@click.option(
+    "--noise-ratio",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="The defense's noise, relative to the gradient's norm.",
+)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@reports_errors
+def demo(output: Path, steps: int, noise_ratio: float, device: str, seed: int, as_json: bool) -> None:
+    """Train a small ConvNet on bundled digits with the callback, audit its gradient, write the report."""
+    from gradguard.demo import Demo, summary
+
+    checked_device(device)
+    report = Demo(steps=steps, noise_ratio=noise_ratio, device=device, seed=seed).run(output)
+    if as_json:
+        click.echo(json.dumps(summary(report), allow_nan=False))
+    else:
+        report.print()
+        click.echo(f"\nThe report with pictures: {output / 'index.html'}")
+
+
+@main.command()
+@subject_options
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Write the HTML page and its pictures to this folder (private: they show reconstructions).",
+)
+@reports_errors
+def audit(output: Path | None, as_json: bool, **subject: Any) -> None:
+    """What the gradient of a batch gives away: measures, attacks, verdict."""
+    case = Subject(**subject)
+    report = case.guard.audit(
+        case.model, case.loss_fn, case.inputs, case.targets, class_names=case.class_names, generator=case.generator
+    )
+    if output is not None:
+        report.save_html(output / "index.html")
+        write_text(output / "report.json", report.to_json())
+    if as_json:
+        click.echo(report.to_json())
+    else:
+        report.print()
+        if output is not None:
+            click.echo(f"\nThe report with pictures: {output / 'index.html'}")
+
+
+@main.command()
+@click.argument("gradient_file", type=click.Path(path_type=Path))
+@subject_options
+@click.option("--no-verify", is_flag=True, help="Judge by the closed-form measures alone, without attacking.")
+@click.option("--write", type=click.Path(path_type=Path), help="Write what may be sent to this safetensors file.")
+@reports_errors
+def check(gradient_file: Path, no_verify: bool, write: Path | None, as_json: bool, **subject: Any) -> None:
+    """May this gradient (safetensors) be sent? Exit code 0: yes, or the perturbed one was written; 1: no."""
+    gradient = load_gradient(gradient_file)
+    case = Subject(**subject)
+    gradient = {n: g.to(case.inputs.device) for n, g in gradient.items()}
+    sent, verdict = case.guard.protect(
+        case.model, case.loss_fn, case.inputs, case.targets, gradient, verify=not no_verify, generator=case.generator
+    )
+    if write is not None and sent is not None:
+        save_gradient(write, sent)
+    fine = verdict.decision == "send" or (verdict.decision == "perturb" and write is not None)
+    if as_json:
+        decision = {
+            "decision": verdict.decision,
+            "reasons": verdict.reasons,
+            "measures": verdict.measures,
+            "noise_ratio": verdict.noise_ratio,
+        }
+        click.echo(json.dumps(decision | {"written": str(write) if write and sent is not None else None}))
+    else:
+        click.echo(f"{verdict.decision}: " + "; ".join(verdict.reasons))
+        if verdict.decision == "perturb" and write is None:
+            click.echo("Do not send the gradient as it is; --write FILE saves the perturbed one.")
+    sys.exit(0 if fine else 1)
+
+
+@main.command()
+@click.option("--model", required=True, help=f"A name ({', '.join(NAMED)}) or FILE.py:FACTORY or MODULE:FACTORY.")
+@click.option("--input-shape", help="Channels,height,width (default: the named model's own).")
+@click.option("--seed", type=int, default=0, show_default=True)
+@reports_errors
+def rank(model: str, input_shape: str | None, seed: int, as_json: bool) -> None:
+    """From the architecture alone: which layers let R-GAP recover their input in closed form."""
+    from gradguard.leakage import rank_analysis
+
+    torch.manual_seed(seed)
+    module, default_shape = load_model(model)
+    shape = parse_shape(input_shape) if input_shape else default_shape
+    if shape is None:
+        raise InputError(f"`--input-shape` is needed for the model {model!r}, for instance --input-shape 3,32,32.")
+    analysis = rank_analysis(module, shape)
+    if as_json:
+        click.echo(analysis.to_json())
+    else:
+        analysis.print()
+
+
+# ---------------------------------------------------------------------- reading arguments
+
+
+def load_model(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
+    """The model called `name` and its input shape, or what the factory `FILE.py:FACTORY` / `MODULE:FACTORY` returns."""
+    if name in NAMED:
+        factory, shape = NAMED[name]
+        return factory(), shape
+    path, _, attribute = name.rpartition(":")
+    if not path:
+        raise InputError(
+            f"`--model` must be one of {', '.join(NAMED)}, or FILE.py:FACTORY or MODULE:FACTORY; got {name!r}."
+        )
+    try:
+        if path.endswith(".py"):
+            spec = importlib.util.spec_from_file_location("gradguard_user_model", path)
+            if spec is None or spec.loader is None or not Path(path).is_file():
+                raise InputError(f"There is no Python file {path!r}.")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(path)
+        model = getattr(module, attribute)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise InputError(f"`--model {name}`: {error}.") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"`{name}` must return an nn.Module, it returned a {type(model).__name__}.")
+    return model, None
+
+
+def load_pictures(name: str, shape: tuple[int, ...] | None) -> Pictures:
+    """The bundled set called `name`, or an `.npz`."""
+    if name == "digits":
+        return digits()
+    if name == "photos":
+        return photos(shape[-1] if shape else 32)
+    return load_npz(name)
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """`"3,32,32"` as a tuple of positive integers."""
+    try:
+        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise InputError(f"`--input-shape` must be positive integers such as 3,32,32, got {text!r}.")
+    return shape
+
+
+def checked_device(name: str) -> torch.device:
+    """The device called `name`, if there is one here."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"`--device {name}` cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Perturbations in the range of `J^T`: to move the attacker's picture by `d`, send `g + J^T d`.
+
+`(J J^T)^{-1} J` is the pseudo-inverse of `J^T`, so `delta = J^T d` is the shortest perturbation that moves a perfect
+attacker's reconstruction by `d`; to first order it is the gradient of the pictures `x + d`. All such a defense
+chooses is the law of `d`. It costs one forward-over-reverse pass.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradguard.defenses.base import Defense, randn, require_positive, scaled_to
+from gradguard.errors import InputError
+from gradguard.gradients import Gradient, norm
+from gradguard.jacobian import InputJacobian
+from gradguard.leakage.influence import fits_dense
+from gradguard.leakage.spectrum import spectrum
+from gradguard.priors import PowerLawPrior
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionalNoise(Defense):
+    """The frame: draw `d`, send `J^T d` scaled to `noise_ratio` times the gradient's norm.
+
+    Every example of the batch gets a `d` of its own; the gradient of the batch carries the sum.
+    """
+
+    needs_jacobian: ClassVar[bool] = True
+    noise_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        require_positive(noise_ratio=self.noise_ratio)
+
+    def perturbation(self, gradient: Gradient, jacobian: InputJacobian | None = None, *, generator=None) -> Gradient:
+        """`J^T d`, summed over the batch."""
+        assert jacobian is not None  # `Defense.__call__` has refused it
+        direction = self.displacement(jacobian, generator)
+        delta = jacobian.joint().rmatvec(direction)
+        return scaled_to({n: delta[n].to(g) for n, g in gradient.items()}, self.noise_ratio * norm(gradient))
+
+    @abstractmethod
+    def displacement(self, jacobian: InputJacobian, generator: torch.Generator | None) -> Tensor:
+        """`d`: shape of the inputs, up to scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallEigenspaceNoise(DirectionalNoise):
+    """Noise along the eigenvectors of `J J^T` with the smallest eigenvalues (Zhang et al. 2023, section 5).
+
+    The most predicted error per unit of `|delta|`. Small inputs: Gaussian in the `fraction` of eigenvectors with the
+    smallest eigenvalues, of those that are not zero. Large ones: Gaussian in the complement of the `leading`
+    directions that Lanczos finds. Judge it by an attacker who knows pictures: these directions are the ones natural
+    pictures have little energy in, so a Wiener filter takes much of the noise out again.
+    """
+
+    fraction: float = 0.25
+    leading: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.fraction <= 1:
+            raise InputError(f"`fraction` must be in (0, 1], got {self.fraction}.")
+        if self.leading < 1:
+            raise InputError(f"`leading` must be at least 1, got {self.leading}.")
+
+    def displacement(self, jacobian: InputJacobian, generator: torch.Generator | None) -> Tensor:
+        """Gaussian in the small-eigenvalue subspace of each example."""
+        if not jacobian.per_example:
+            raise InputError("SmallEigenspaceNoise works per example: pass an `InputJacobian(..., per_example=True)`.")
+        eigen = spectrum(jacobian, self.leading, generator=generator)
+        noise = randn(jacobian.inputs.shape, jacobian.inputs, generator).flatten(1)
+        if eigen.complete or fits_dense(jacobian):
+            # What the gradient does not show at all cannot be moved: J^T would return its rounding errors.
+            singular = eigen.values.sqrt()
+            seen = singular > torch.finfo(singular.dtype).eps * jacobian.size * singular[:, :1]
+            rank = seen.sum(-1, keepdim=True)
+            first = rank - (self.fraction * rank).round().to(rank.dtype).clamp_min(1)
+            index = torch.arange(singular.shape[-1], device=rank.device)
+            coefficients = noise.gather(1, (index - first).clamp_min(0)) * ((index >= first) & (index < rank))
+            noise = torch.einsum("rk,rkn->rn", coefficients, eigen.vectors)
+        else:
+            noise = noise - torch.einsum("rk,rkn->rn", torch.einsum("rkn,rn->rk", eigen.vectors, noise), eigen.vectors)
+        return noise.reshape(jacobian.inputs.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorNoise(DirectionalNoise):
+    """`d ~ N(0, C)` with `C` a prior of what inputs look like: the reconstruction moves by another picture's worth.
+
+    An attacker cannot tell such an error from a different picture, so no filter takes it out. One pass.
+    """
+
+    prior: PowerLawPrior = field(default_factory=PowerLawPrior)
+
+    def displacement(self, jacobian: InputJacobian, generator: torch.Generator | None) -> Tensor:
+        """A draw of the prior for each example."""
+        return self.prior.sqrt(randn(jacobian.inputs.shape, jacobian.inputs, generator))

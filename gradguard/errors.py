@@ -1,0 +1,9 @@
+"""The errors that gradguard raises for what a user can mend."""
+
+
+class InputError(ValueError):
+    """Something handed to gradguard cannot be used; the message says what, the rule and the way out."""
+
+
+class UnsupportedModelError(InputError):
+    """A model has a part that a method cannot work with; the message names the module."""

@@ -1,0 +1,325 @@
+"""A model and a loss as a pure function of parameters and inputs, and its gradient.
+
+Letters, here and everywhere: `B` examples, `D` input elements per example, `P` parameters, `C` classes,
+`R` independent problems solved at once, `K` columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from gradguard.errors import InputError, UnsupportedModelError
+
+Gradient = dict[str, Tensor]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+TrainMode = Literal["error", "eval"]
+
+
+class LossGradient:
+    """The gradient of a loss as a pure function of a model's parameters and inputs.
+
+    `model`: any `nn.Module` that maps a batch `(B, *input_shape)` to outputs. Frozen parameters
+        (`requires_grad=False`) and buffers are constants; tied parameters appear once, under the name that
+        `named_parameters()` gives them. Nothing is stored on the model and nothing in it changes.
+    `loss_fn`: `(outputs, targets) -> scalar`, for instance `nn.CrossEntropyLoss()`.
+    `dtype`: compute in this dtype whatever the model's own (attacks run in float64, measurements of a
+        half-precision model in float32). Default: the model's.
+    `train_mode`: what to do with a module that is in training mode and there mixes examples (BatchNorm) or draws
+        random numbers (Dropout): "error" refuses it by name, "eval" evaluates such modules, and only those, in
+        eval mode while gradguard computes, and puts them back. The gradient is then that of the eval-mode model.
+
+    Calling it gives the gradient as a dictionary keyed like `named_parameters()`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        *,
+        dtype: torch.dtype | None = None,
+        train_mode: TrainMode = "error",
+    ) -> None:
+        if train_mode not in ("error", "eval"):
+            raise InputError(f'`train_mode` must be "error" or "eval", got {train_mode!r}.')
+        if dtype is not None and not dtype.is_floating_point:
+            raise InputError(f"`dtype` must be a floating-point dtype, got {dtype}.")
+        self.model = model
+        self.loss_fn = loss_fn
+        self.dtype = dtype
+        self.train_mode: TrainMode = train_mode
+        if not any(p.requires_grad for p in model.parameters()):
+            raise InputError(
+                "The model has no trainable parameter, so there is no gradient to measure. "
+                "Set `requires_grad_(True)` on the parameters whose gradient is sent."
+            )
+
+    def __repr__(self) -> str:
+        return f"LossGradient({type(self.model).__name__}, {self.loss_fn}, dtype={self.dtype})"
+
+    # ------------------------------------------------------------------ the pure function
+
+    def with_dtype(self, dtype: torch.dtype) -> LossGradient:
+        """The same function computed in `dtype`."""
+        return LossGradient(self.model, self.loss_fn, dtype=dtype, train_mode=self.train_mode)
+
+    def parameters(self) -> Gradient:
+        """The trainable parameters now, detached, in the computing dtype, keyed as `named_parameters()`."""
+        return {n: self._cast(p.detach()) for n, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def num_parameters(self) -> int:
+        """`P`, the number of trainable parameters."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def constants(self) -> dict[str, Tensor]:
+        """Frozen parameters and buffers, in the computing dtype."""
+        frozen = {n: self._cast(p.detach()) for n, p in self.model.named_parameters() if not p.requires_grad}
+        return frozen | {n: self._cast(b.detach()) for n, b in self.model.named_buffers()}
+
+    def outputs(self, parameters: Gradient, inputs: Tensor) -> Tensor:
+        """The model's outputs on a batch `(B, *input_shape)` as a function of `parameters`."""
+        with self._evaluation():
+            return functional_call(self.model, (parameters, self.constants()), (inputs,))
+
+    def loss(self, parameters: Gradient, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The scalar loss of a batch as a pure function: what every derivative here is taken of."""
+        return self.loss_fn(self.outputs(parameters, inputs), targets)
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """`tensor` in the computing dtype if it is floating point, else unchanged."""
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.to(self.computing_dtype)
+
+    @property
+    def computing_dtype(self) -> torch.dtype:
+        """The dtype in which gradients are computed."""
+        return self.dtype or self._example_parameter().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's parameters."""
+        return self._example_parameter().device
+
+    # ------------------------------------------------------------------ gradients
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> Gradient:
+        """The gradient of the batch's loss.
+
+        `inputs`: shape `(B, *input_shape)`; `targets`: shape `(B, ...)`, as the loss takes them.
+        Returns one tensor per trainable parameter, in the parameter's shape.
+        Raises `InputError` for an empty batch, labels out of range, a wrong device or a non-finite loss, and
+        `UnsupportedModelError` for a train-mode BatchNorm or Dropout (see `train_mode`).
+        """
+        self.check_batch(inputs, targets)
+        return grad(self.loss)(self.parameters(), self.cast(inputs), self.cast(targets))
+
+    def per_example(self, inputs: Tensor, targets: Tensor, *, chunk_size: int | None = None) -> Gradient:
+        """The gradient of each example's own loss: shape `(B, *parameter_shape)` per parameter.
+
+        `chunk_size`: examples at a time; a bound on memory, which is `chunk_size * P` elements and more.
+        """
+        self.check_batch(inputs, targets)
+
+        def one(parameters: Gradient, x: Tensor, y: Tensor) -> Tensor:
+            return self.loss(parameters, x[None], y[None])
+
+        return vmap(grad(one), in_dims=(None, 0, 0), chunk_size=chunk_size)(
+            self.parameters(), self.cast(inputs), self.cast(targets)
+        )
+
+    # ------------------------------------------------------------------ checks
+
+    def check_model(self) -> None:
+        """Raises `UnsupportedModelError` if a train-mode module mixes examples or is random, and that is refused."""
+        offenders = self._train_mode_offenders()
+        if offenders and self.train_mode == "error":
+            name, module, why = offenders[0]
+            more = f" (and {len(offenders) - 1} more)" if len(offenders) > 1 else ""
+            raise UnsupportedModelError(
+                f"Module {name!r} ({type(module).__name__}) is in training mode{more}: there it {why}. "
+                'Call `model.eval()` first, or pass `train_mode="eval"` to measure the eval-mode gradient, '
+                "or replace it with a layer that works per example (GroupNorm, LayerNorm)."
+            )
+
+    def check_batch(self, inputs: Tensor, targets: Tensor) -> None:
+        """Raises a clear error for a batch that no gradient can be taken of. Costs one forward pass."""
+        self.check_model()
+        check_batch_shape(inputs, targets)
+        parameter = self._example_parameter()
+        for name, tensor in (("inputs", inputs), ("targets", targets)):
+            if tensor.device != parameter.device:
+                raise InputError(
+                    f"`{name}` are on {tensor.device}, the model is on {parameter.device}. "
+                    f"Move one to the other: `{name}.to({str(parameter.device)!r})`."
+                )
+        if not torch.isfinite(inputs).all():
+            raise InputError("`inputs` hold NaN or infinite values. Clean the data before measuring it.")
+        with torch.no_grad():
+            parameters, targets = self.parameters(), self.cast(targets)
+            try:
+                outputs = self.outputs(parameters, self.cast(inputs))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise InputError(
+                    f"Inputs of shape {tuple(inputs.shape)} do not go through {type(self.model).__name__}: {error}"
+                ) from error
+            check_labels(outputs, targets, self.loss_fn)
+            loss = self.loss_fn(outputs, targets)
+        if loss.ndim:
+            raise InputError(
+                f"The loss has shape {tuple(loss.shape)}; it must be one number per batch. "
+                'Use `reduction="mean"` or "sum".'
+            )
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"The loss is {loss.item()}, so its gradient says nothing. Look for diverged parameters, "
+                "unscaled inputs or a log of zero in the loss."
+            )
+
+    def check_gradient(self, gradient: Mapping[str, Tensor]) -> None:
+        """Raises `InputError` unless `gradient` has this model's names and shapes and only finite values."""
+        check_gradient(gradient, self.parameters())
+
+    # ------------------------------------------------------------------ inside
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+
+    def _example_parameter(self) -> Tensor:
+        return next(p for p in self.model.parameters() if p.requires_grad)
+
+    def _train_mode_offenders(self) -> list[tuple[str, nn.Module, str]]:
+        found = []
+        for name, module in self.model.named_modules():
+            why = _train_mode_effect(module)
+            if why:
+                found.append((name or type(module).__name__, module, why))
+        return found
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Switch exactly the modules that misbehave in training mode to eval, and back."""
+        modules = [m for _, m, _ in self._train_mode_offenders()] if self.train_mode == "eval" else []
+        for module in modules:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.training = True
+
+
+def _train_mode_effect(module: nn.Module) -> str | None:
+    """What `module` does in training mode that a gradient per example cannot be taken through, or None."""
+    if not module.training:
+        return None
+    if isinstance(module, _BatchNorm):
+        return "normalises by the batch's statistics, so every example's gradient depends on all the others"
+    if isinstance(module, _DropoutNd) and module.p > 0:
+        return "drops values at random, so the gradient is not a function of the inputs"
+    random = isinstance(module, (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d))
+    inner_dropout = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and float(module.dropout) > 0
+    if random or inner_dropout:
+        return "draws random numbers, so the gradient is not a function of the inputs"
+    return None
+
+
+def check_batch_shape(inputs: Tensor, targets: Tensor) -> None:
+    """Raises `InputError` for what no model could take: no tensor, no example, unequal lengths, integer inputs."""
+    for name, tensor in (("inputs", inputs), ("targets", targets)):
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"`{name}` must be a tensor, got {type(tensor).__name__}.")
+    if inputs.ndim < 2 or inputs.numel() == 0:
+        raise InputError(
+            f"`inputs` must have shape (B, *input_shape) with B >= 1, got {tuple(inputs.shape)}: an empty batch."
+        )
+    if targets.ndim == 0 or len(targets) != len(inputs):
+        raise InputError(
+            f"`targets` must have one entry per example: {len(inputs)} inputs, targets of shape {tuple(targets.shape)}."
+        )
+    if not inputs.is_floating_point():
+        raise InputError(
+            f"`inputs` must be floating point to have a derivative, got {inputs.dtype}. Scale images to [0, 1] "
+            "(`images.float() / 255`); for tokens, measure in the embedding space."
+        )
+
+
+def check_labels(outputs: Tensor, targets: Tensor, loss_fn: LossFunction) -> None:
+    """Raises `InputError` if class indices lie outside `0 .. C-1` (the loss's `ignore_index` excepted)."""
+    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8) or outputs.ndim < 2:
+        return
+    classes = outputs.shape[1]
+    valid = (targets >= 0) & (targets < classes)
+    valid |= targets == getattr(loss_fn, "ignore_index", -100)
+    if not valid.all():
+        wrong = targets[~valid].flatten()[0].item()
+        raise InputError(
+            f"Label {wrong} is out of range: the model has {classes} outputs, so labels go from 0 to {classes - 1}."
+        )
+
+
+def check_gradient(gradient: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Raises `InputError` unless `gradient` has the names and shapes of `like` and only finite values."""
+    if not isinstance(gradient, Mapping):
+        raise InputError(f"A gradient is a dictionary keyed as `named_parameters()`, got {type(gradient).__name__}.")
+    missing = [n for n in like if n not in gradient]
+    unexpected = [n for n in gradient if n not in like]
+    if missing or unexpected:
+        raise InputError(
+            f"The gradient's names are not the model's: missing {missing[:5]}, unexpected {unexpected[:5]}. "
+            "Key it as `model.named_parameters()`, trainable parameters only."
+        )
+    for name, reference in like.items():
+        value = gradient[name]
+        if value.shape != reference.shape:
+            raise InputError(
+                f"Gradient {name!r} has shape {tuple(value.shape)}, the parameter {tuple(reference.shape)}."
+            )
+        if value.device != reference.device:
+            raise InputError(
+                f"Gradient {name!r} is on {value.device}, the model on {reference.device}. Move one to the other."
+            )
+    # One number is read back from the device where all is well.
+    if not torch.stack([torch.isfinite(v).all() for v in gradient.values()]).all():
+        broken = [n for n, v in gradient.items() if not torch.isfinite(v).all()]
+        raise InputError(
+            f"The gradient of {broken[0]!r} holds NaN or infinite values ({len(broken)} of {len(like)} tensors do). "
+            "Nothing can be measured on it, and sending it would spoil the receiver's model."
+        )
+
+
+# ---------------------------------------------------------------------- gradients as vectors
+
+
+def flatten(gradient: Mapping[str, Tensor], batch_dims: int = 0) -> Tensor:
+    """A gradient as one vector: shape `(*batch, P)`, parameters in the dictionary's order."""
+    return torch.cat([g.flatten(start_dim=batch_dims) for g in gradient.values()], dim=-1)
+
+
+def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Gradient:
+    """The inverse of `flatten`: `vector` of shape `(*batch, P)` as tensors shaped `(*batch, *parameter_shape)`."""
+    sizes = [p.numel() for p in like.values()]
+    pieces = vector.split(sizes, dim=-1)
+    return {
+        n: v.unflatten(-1, p.shape) if p.ndim else v[..., 0] for (n, p), v in zip(like.items(), pieces, strict=True)
+    }
+
+
+def norm(gradient: Mapping[str, Tensor]) -> Tensor:
+    """The Euclidean norm over all parameters, a scalar tensor."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient.values()]))
+
+
+def add(gradient: Mapping[str, Tensor], other: Mapping[str, Tensor], scale: float | Tensor = 1.0) -> Gradient:
+    """`gradient + scale * other`, name by name."""
+    return {n: g + scale * other[n] for n, g in gradient.items()}

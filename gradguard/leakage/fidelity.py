@@ -1,0 +1,69 @@
+"""How close a reconstruction is to the truth: PSNR, SSIM and MSE, with the best assignment within a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from gradguard.errors import InputError
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Per true example, in the truth's order.
+
+    `psnr`: `(B,)`, dB relative to the value range; `ssim`: `(B,)` in [-1, 1], `nan` for inputs that are no
+    pictures; `mse`: `(B,)`, mean over elements, in input units squared; `assignment`: `(B,)`, which reconstruction
+    stands for each example; `matched`: the reconstructions in that order, `(B, *input_shape)`.
+    """
+
+    psnr: Tensor
+    ssim: Tensor
+    mse: Tensor
+    assignment: Tensor
+    matched: Tensor
+
+
+def fidelity(reconstruction: Tensor, truth: Tensor, *, value_range: tuple[float, float] = (0.0, 1.0)) -> Fidelity:
+    """Score `reconstruction` `(B, *input_shape)` against `truth` of the same shape.
+
+    A gradient does not say in which order its examples came: reconstructions are assigned to examples so that the
+    summed squared error is least (Hungarian algorithm). Values are clamped to `value_range` first, as an attacker
+    who knows the range would. PSNR is computed in that range: pass pictures in [0, 1] pixel space, not normalised.
+    """
+    # Imported here: torchmetrics loads matplotlib, which nothing else needs until something is drawn.
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    if reconstruction.shape != truth.shape:
+        raise InputError(f"`reconstruction` has shape {tuple(reconstruction.shape)}, `truth` {tuple(truth.shape)}.")
+    low, high = value_range
+    if not high > low:
+        raise InputError(f"`value_range` must be (low, high) with low < high, got {value_range}.")
+    guess = torch.nan_to_num(reconstruction.detach(), nan=(low + high) / 2).clamp(low, high).double().cpu()
+    truth = truth.detach().double().cpu()
+    pairwise = torch.cdist(truth.flatten(1), guess.flatten(1)) ** 2
+    _, columns = linear_sum_assignment(pairwise.numpy())
+    assignment = torch.from_numpy(columns)
+    matched = guess[assignment]
+    mse = (matched - truth).square().flatten(1).mean(dim=1)
+    pairs = list(zip(matched[:, None], truth[:, None], strict=True))
+    psnr = torch.stack([peak_signal_noise_ratio(g, t, data_range=high - low) for g, t in pairs])
+    ssim = torch.stack([_ssim(g, t, high - low) for g, t in pairs])
+    return Fidelity(psnr, ssim, mse, assignment, matched)
+
+
+def _ssim(guess: Tensor, truth: Tensor, span: float) -> Tensor:
+    """SSIM of one picture `(1, C, H, W)` with the usual Gaussian window, smaller for pictures under 11 pixels."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    if guess.ndim != 4 or min(guess.shape[-2:]) < 3:
+        return torch.full((), float("nan"), dtype=torch.float64)
+    side = min(11, min(guess.shape[-2:]))
+    side -= 1 - side % 2
+    value = structural_similarity_index_measure(
+        guess, truth, data_range=span, gaussian_kernel=side == 11, kernel_size=side
+    )
+    return value if isinstance(value, Tensor) else value[0]

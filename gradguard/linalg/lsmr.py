@@ -1,0 +1,123 @@
+"""LSMR for `R` least-squares problems at once.
+
+Source: Fong & Saunders 2011, "LSMR: an iterative algorithm for sparse least-squares problems", section 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradguard.linalg.operator import LinearOperator, normalise, orthogonalise, safe_inverse
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """A solution and how it was reached.
+
+    `solution`: `(R, n)`; `residual`: `(R,)`, the normal equations' residual
+    `|A^T (b - A x) - damping^2 x| / (|A| |b - A x|)` or, where the system is consistent, `|b - A x| / |b|`,
+    whichever is smaller; `iterations`: how many; `converged`: `(R,)`, residual below the tolerance.
+    """
+
+    solution: Tensor
+    residual: Tensor
+    iterations: int
+    converged: Tensor
+
+
+def lsmr(
+    operator: LinearOperator,
+    b: Tensor,
+    *,
+    damping: float | Tensor = 0.0,
+    tolerance: float | None = None,
+    max_iterations: int | None = None,
+    reorthogonalise: bool = True,
+    check_every: int = 10,
+) -> LeastSquares:
+    """Minimise `|A x - b|^2 + damping^2 |x|^2`; without damping the solution of least norm.
+
+    `b`: shape `(R, m)`. `damping`: a number or `(R,)`. `tolerance`: on the residual of `LeastSquares`
+    (default: 100 times the dtype's rounding). `max_iterations`: default `2 n`.
+    `reorthogonalise`: keep the `n`-vectors and orthogonalise against them (`iterations * R * n` elements): an
+    ill-conditioned problem then ends after at most `n` steps, as it would in exact arithmetic.
+    Running out of iterations is reported in `converged`, never raised.
+    """
+    rows, _, n = operator.shape
+    tolerance = 100 * torch.finfo(operator.dtype).eps if tolerance is None else tolerance
+    limit = max_iterations or (n if reorthogonalise else 2 * n)
+    damping = torch.as_tensor(damping, dtype=operator.dtype, device=operator.device).expand(rows)
+
+    u, beta = normalise(b)
+    v, alpha = normalise(operator.rmatvec(u))
+    b_norm = beta.clone()
+    basis = [v] if reorthogonalise else []
+
+    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+    zetabar, alphabar = alpha * beta, alpha.clone()
+    rho, rhobar, cbar, sbar = one, one, one, zero
+    h, hbar, x = v, torch.zeros_like(v), torch.zeros_like(v)
+    # For the estimates of |r| and |A|, as in the paper's section 5.
+    betadd, betad, rhodold, tautildeold, thetatilde, zeta, d = beta, zero, one, zero, zero, zero, zero
+    norm_a2 = alpha**2
+    done = (alpha * beta) == 0
+    residual = torch.where(done, zero, one)
+
+    iteration = 0
+    while iteration < limit:
+        iteration += 1
+        # Golub-Kahan bidiagonalisation.
+        u, beta = normalise(operator.matvec(v) - alpha[:, None] * u)
+        w = operator.rmatvec(u) - beta[:, None] * v
+        if reorthogonalise:
+            w = orthogonalise(w, torch.stack(basis, dim=1))
+        v, alpha = normalise(w)
+        if reorthogonalise:
+            basis.append(v)
+
+        # Rotations: damping, then the two QR factorisations.
+        alphahat = torch.hypot(alphabar, damping)
+        chat, shat = alphabar * safe_inverse(alphahat), damping * safe_inverse(alphahat)
+        rhoold = rho
+        rho = torch.hypot(alphahat, beta)
+        c, s = alphahat * safe_inverse(rho), beta * safe_inverse(rho)
+        thetanew, alphabar = s * alpha, c * alpha
+        rhobarold, zetaold = rhobar, zeta
+        thetabar, rhotemp = sbar * rho, cbar * rho
+        rhobar = torch.hypot(rhotemp, thetanew)
+        cbar, sbar = rhotemp * safe_inverse(rhobar), thetanew * safe_inverse(rhobar)
+        zeta, zetabar = cbar * zetabar, -sbar * zetabar
+
+        # A problem that has ended keeps its solution; the others move.
+        step = torch.where(done, zero, zeta * safe_inverse(rho * rhobar))
+        hbar = h - (thetabar * rho * safe_inverse(rhoold * rhobarold))[:, None] * hbar
+        x = x + step[:, None] * hbar
+        h = v - (thetanew * safe_inverse(rho))[:, None] * h
+
+        # The residual |b - A x| (with damping: of the extended system).
+        betaacute, betacheck = chat * betadd, -shat * betadd
+        betahat, betadd = c * betaacute, -s * betaacute
+        thetatildeold = thetatilde
+        rhotildeold = torch.hypot(rhodold, thetabar)
+        ctildeold, stildeold = rhodold * safe_inverse(rhotildeold), thetabar * safe_inverse(rhotildeold)
+        thetatilde, rhodold = stildeold * rhobar, ctildeold * rhobar
+        betad = -stildeold * betad + ctildeold * betahat
+        tautildeold = (zetaold - thetatildeold * tautildeold) * safe_inverse(rhotildeold)
+        taud = (zeta - thetatilde * tautildeold) * safe_inverse(rhodold)
+        d = d + betacheck**2
+        norm_r = torch.sqrt(d + (betad - taud) ** 2 + betadd**2)
+        norm_a2 = norm_a2 + beta**2
+        norm_a = torch.sqrt(norm_a2)
+        norm_a2 = norm_a2 + alpha**2
+
+        normal = zetabar.abs() * safe_inverse(norm_a * norm_r)
+        consistent = norm_r * safe_inverse(b_norm)
+        now = torch.minimum(normal, consistent)
+        residual = torch.where(done, residual, now)
+        done = done | (now <= tolerance) | (alpha <= torch.finfo(alpha.dtype).eps * norm_a)
+        if iteration % check_every == 0 and bool(done.all()):
+            break
+    return LeastSquares(x, residual, iteration, (residual <= tolerance) | done)

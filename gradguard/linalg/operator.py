@@ -1,0 +1,73 @@
+"""A batch of linear operators known only by their products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LinearOperator:
+    """`R` independent linear maps, applied together.
+
+    `matvec`: `(R, n) -> (R, m)`; `rmatvec`, its transpose: `(R, m) -> (R, n)`.
+    `shape`: `(R, m, n)`. `like`: a tensor whose dtype and device the vectors share.
+    """
+
+    matvec: Callable[[Tensor], Tensor]
+    rmatvec: Callable[[Tensor], Tensor]
+    shape: tuple[int, int, int]
+    like: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the vectors."""
+        return self.like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the vectors."""
+        return self.like.device
+
+    @classmethod
+    def from_matrix(cls, matrix: Tensor) -> LinearOperator:
+        """The operator of `R` dense matrices: shape `(R, m, n)`."""
+
+        def matvec(v: Tensor) -> Tensor:
+            return torch.einsum("rmn,rn->rm", matrix, v)
+
+        def rmatvec(v: Tensor) -> Tensor:
+            return torch.einsum("rmn,rm->rn", matrix, v)
+
+        r, m, n = matrix.shape
+        return cls(matvec, rmatvec, (r, m, n), matrix)
+
+
+def random_unit(operator: LinearOperator, generator: torch.Generator | None = None) -> Tensor:
+    """Start vectors `(R, n)` of norm 1, uniform on the sphere, drawn on the CPU so that devices agree."""
+    rows, _, columns = operator.shape
+    device = generator.device if generator is not None else torch.device("cpu")
+    v = torch.randn(rows, columns, generator=generator, dtype=torch.float64, device=device)
+    return normalise(v.to(operator.device, operator.dtype))[0]
+
+
+def normalise(v: Tensor) -> tuple[Tensor, Tensor]:
+    """`v / |v|` row by row and the norms `(R,)`; a zero row stays zero."""
+    length = torch.linalg.vector_norm(v, dim=-1)
+    return v * safe_inverse(length)[..., None], length
+
+
+def safe_inverse(x: Tensor) -> Tensor:
+    """`1 / x`, and 0 where `x` is 0 (a Krylov space that is exhausted)."""
+    tiny = torch.finfo(x.dtype).tiny
+    return torch.where(x.abs() > tiny, 1 / torch.where(x.abs() > tiny, x, torch.ones_like(x)), torch.zeros_like(x))
+
+
+def orthogonalise(v: Tensor, basis: Tensor) -> Tensor:
+    """`v` `(R, n)` without its components in the orthonormal rows of `basis` `(R, k, n)`; twice is enough."""
+    for _ in range(2):
+        v = v - torch.einsum("rk,rkn->rn", torch.einsum("rkn,rn->rk", basis, v), basis)
+    return v

@@ -1,0 +1,108 @@
+"""The small networks that the papers attack, for demos, benchmarks and tests. Any `nn.Module` works in their place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from gradguard.errors import InputError
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "softplus": nn.Softplus,
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.2),
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+}
+
+
+def activation_module(name: str) -> nn.Module:
+    """The activation called `name`; `InputError` for one that is not in `ACTIVATIONS`."""
+    if name not in ACTIVATIONS:
+        raise InputError(f"`activation` must be one of {sorted(ACTIVATIONS)}, got {name!r}.")
+    return ACTIVATIONS[name]()
+
+
+def uniform_init_(model: nn.Module, bound: float = 0.5) -> nn.Module:
+    """DLG's initialisation: every weight and bias uniform on `(-bound, bound)`."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-bound, bound)
+    return model
+
+
+def lenet(
+    *,
+    in_channels: int = 1,
+    image_size: int = 28,
+    num_classes: int = 10,
+    activation: str = "sigmoid",
+    channels: int = 12,
+) -> nn.Sequential:
+    """The LeNet of DLG and I2F: four 5x5 convolutions of 12 channels, the first two with stride 2, and a linear head.
+
+    Weights as PyTorch draws them; the papers' are `uniform_init_(lenet())`.
+    """
+    size = math.ceil(math.ceil(image_size / 2) / 2)
+    layers: list[nn.Module] = []
+    for index, stride in enumerate((2, 2, 1, 1)):
+        layers += [
+            nn.Conv2d(in_channels if index == 0 else channels, channels, 5, stride, 2),
+            activation_module(activation),
+        ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size * size, num_classes))
+
+
+def fcn(sizes: Sequence[int], *, activation: str = "leaky_relu", bias: bool = False) -> nn.Sequential:
+    """A fully connected network with layers of `sizes`, input first. R-GAP's FCN3 is `fcn((784, 1000, 100, 1))`."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for index, (width_in, width_out) in enumerate(pairwise(sizes)):
+        layers.append(nn.Linear(width_in, width_out, bias=bias))
+        if index < len(sizes) - 2:
+            layers.append(activation_module(activation))
+    return nn.Sequential(*layers)
+
+
+def cnn6(
+    *, second_channels: int = 36, num_classes: int = 1, head_bias: bool = False, activation: str = "leaky_relu"
+) -> nn.Sequential:
+    """R-GAP's CNN6 for 32x32 RGB pictures (Zhu & Blaschko 2021); CNN6-d is `cnn6(second_channels=20)`."""
+    plan = [(12, 4, 2, 2), (second_channels, 3, 2, 1), (36, 3, 1, 1), (36, 3, 1, 1), (64, 3, 2, 1), (128, 3, 1, 1)]
+    layers: list[nn.Module] = []
+    channels = 3
+    for out_channels, kernel, stride, padding in plan:
+        layers += [
+            nn.Conv2d(channels, out_channels, kernel, stride, padding, bias=False),
+            activation_module(activation),
+        ]
+        channels = out_channels
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(3200, num_classes, bias=head_bias))
+
+
+def digits_convnet(*, num_classes: int = 10, activation: str = "tanh") -> nn.Sequential:
+    """The small ConvNet of the demo, for 8x8 grey pictures: two convolutions and a linear head, smooth activations."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        activation_module(activation),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        activation_module(activation),
+        nn.Flatten(),
+        nn.Linear(512, num_classes),
+    )
+
+
+#: What `gradguard rank --model NAME` knows by name, each with its input shape.
+NAMED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "lenet": (lenet, (1, 28, 28)),
+    "cnn6": (cnn6, (3, 32, 32)),
+    "cnn6-d": (lambda: cnn6(second_channels=20), (3, 32, 32)),
+    "fcn3": (lambda: fcn((784, 1000, 100, 1)), (1, 28, 28)),
+    "digits": (digits_convnet, (1, 8, 8)),
+}

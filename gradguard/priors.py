@@ -1,0 +1,67 @@
+"""What natural inputs look like: covariances with fast square roots."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradguard.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerLawPrior:
+    """Pictures as a Gaussian whose power falls with frequency: `C ~ 1 / (1 + f^2)` in the 2-D DCT basis.
+
+    Natural pictures have most of their energy in low frequencies; this is the simplest covariance that says so.
+    `channel_correlation`: of the colour channels, in `[0, 1)`. `std`: the mean standard deviation of one element,
+    in input units. Inputs of another shape than `(..., channels, height, width)` have no known structure: they
+    get independent elements.
+    """
+
+    channel_correlation: float = 0.9
+    std: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.channel_correlation < 1:
+            raise InputError(f"`channel_correlation` must be in [0, 1), got {self.channel_correlation}.")
+        if not 0 < self.std < math.inf:
+            raise InputError(f"`std` must be positive and finite, got {self.std}.")
+
+    def variances(self, height: int, width: int, like: Tensor) -> Tensor:
+        """The variance of each DCT coefficient: `(height, width)`, mean `std^2`."""
+        rows = torch.arange(height, dtype=like.dtype, device=like.device)
+        columns = torch.arange(width, dtype=like.dtype, device=like.device)
+        power = 1 / (1 + rows[:, None] ** 2 + columns[None, :] ** 2)
+        return self.std**2 * power / power.mean()
+
+    def sqrt(self, x: Tensor) -> Tensor:
+        """`C^{1/2} x` for `x` of shape `(N, channels, height, width)` (or `(N, ...)`, where `C` is `std^2 I`)."""
+        if x.ndim != 4:
+            return self.std * x
+        channels, height, width = x.shape[1:]
+        rows, columns = dct_matrix(height, x), dct_matrix(width, x)
+        x = rows @ x @ columns.mT
+        x = rows.mT @ (x * self.variances(height, width, x).sqrt()) @ columns
+        return torch.einsum("cd,ndhw->nchw", self._channel_root(channels, x), x)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """`C x`."""
+        return self.sqrt(self.sqrt(x))
+
+    def _channel_root(self, channels: int, like: Tensor) -> Tensor:
+        """The symmetric root of `(1 - r) I + r 1 1^T`, whose eigenvectors are the constant and the rest."""
+        mean = torch.full((channels, channels), 1 / channels, dtype=like.dtype, device=like.device)
+        rest = torch.eye(channels, dtype=like.dtype, device=like.device) - mean
+        r = self.channel_correlation
+        return math.sqrt(1 - r) * rest + math.sqrt(1 - r + r * channels) * mean
+
+
+def dct_matrix(n: int, like: Tensor) -> Tensor:
+    """The orthonormal DCT-II: `(n, n)`, rows are frequencies, lowest first."""
+    index = torch.arange(n, dtype=like.dtype, device=like.device)
+    matrix = torch.cos(math.pi / n * (index[None, :] + 0.5) * index[:, None]) * math.sqrt(2 / n)
+    matrix[0] *= math.sqrt(0.5)
+    return matrix

@@ -1,0 +1,342 @@
+"""R-GAP on real pictures: what comes back, in dB, and what is said when nothing can."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from gradguard import models
+from gradguard.attacks import RGAP, Observation
+from gradguard.data import photos
+from gradguard.errors import InputError, UnsupportedModelError
+from gradguard.gradients import LossGradient
+
+BCE = nn.BCEWithLogitsLoss()
+CE = nn.CrossEntropyLoss()
+
+
+def psnr(found, true):
+    """dB in [0, 1] pixel space."""
+    return -10 * math.log10(max(float((found - true).double().square().mean()), 1e-40))
+
+
+def observe(model, loss, x, y, *, dtype=torch.float64, labels=True, noise=0.0, **options):
+    """What an attacker sees of the gradient of `x`, computed in `dtype`; `noise`: relative to its norm."""
+    sent = LossGradient(model, loss, dtype=dtype)(x, y)
+    if noise:
+        generator = torch.Generator().manual_seed(0)
+        drawn = {n: torch.randn(g.shape, generator=generator, dtype=torch.float64) for n, g in sent.items()}
+        ratio = (
+            torch.stack([g.norm() for g in sent.values()]).norm()
+            / torch.stack([d.norm() for d in drawn.values()]).norm()
+        )
+        sent = {n: g + noise * ratio * drawn[n] for n, g in sent.items()}
+    return Observation(
+        loss_gradient=LossGradient(model, loss),
+        sent=sent,
+        input_shape=x.shape[1:],
+        labels=y if labels else None,
+        **options,
+    )
+
+
+def seeded(build, seed=0):
+    torch.manual_seed(seed)
+    return build()
+
+
+def label(value):
+    return torch.tensor([[value]])
+
+
+# ---------------------------------------------------------------------- the paper's models
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_cnn6_gives_a_photograph_away(index, dtype):
+    x = photos(32).images[index : index + 1]
+    model = seeded(models.cnn6, index)
+    result = RGAP()(observe(model, BCE, x, label(1.0), dtype=dtype, labels=False))
+    assert psnr(result.inputs, x) > (120 if dtype == torch.float64 else 60)
+    assert result.labels.item() == 1
+    assert result.converged
+    assert result.matching_loss < 1e-10
+    rows = result.details["layers"]
+    assert [row["layer"] for row in rows] == ["10", "8", "6", "4", "2", "0"]
+    assert all(row["rank_bound"] == row["unknowns"] and row["solved"] for row in rows)
+    assert result.details["residual"] == max(row["residual"] for row in rows)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cnn6_on_cifar(real_pictures, seed):
+    pictures = real_pictures("cifar10_2000")
+    x, y = pictures.images[300 * seed : 300 * seed + 1], label(float(seed % 2))
+    result = RGAP()(observe(seeded(models.cnn6, seed), BCE, x, y))
+    assert psnr(result.inputs, x) > 120
+
+
+def test_fcn3_on_mnist(real_pictures):
+    x = real_pictures("mnist_2000").images[:1]
+    result = RGAP()(observe(seeded(lambda: models.fcn((784, 1000, 100, 1))), BCE, x, label(1.0), labels=False))
+    assert psnr(result.inputs, x) > 120
+    assert result.labels.item() == 1
+
+
+def test_cnn6_d_is_not_determined_and_the_attack_says_so():
+    x = photos(32).images[:1]
+    result = RGAP()(observe(seeded(lambda: models.cnn6(second_channels=20)), BCE, x, label(1.0)))
+    assert psnr(result.inputs, x) < 30
+    assert not result.converged
+    assert result.matching_loss > 1e-3
+    short = {row["layer"]: row for row in result.details["layers"]}
+    assert short["2"]["rank_bound"] < short["2"]["unknowns"]
+    assert short["2"]["residual"] < 1e-10  # a solution of least norm fits its own constraints,
+    assert short["0"]["residual"] > 1e-2  # and the layer below finds out
+
+
+# ---------------------------------------------------------------------- other heads, losses and activations
+
+
+@pytest.mark.parametrize("activation", ["tanh", "softplus", "sigmoid", "leaky_relu", "elu"])
+@pytest.mark.parametrize("labels", [True, False], ids=["label known", "label unknown"])
+def test_a_softmax_head_with_a_bias(digit_pictures, activation, labels):
+    x, y = digit_pictures.images[3:4], digit_pictures.labels[3:4]
+    model = seeded(lambda: models.digits_convnet(activation=activation))
+    result = RGAP()(observe(model, CE, x, y, labels=labels))
+    assert psnr(result.inputs, x) > 120
+    assert torch.equal(result.labels, y)
+    assert result.details["head"] == "bias"
+
+
+def test_lenet_with_sigmoids():
+    x = photos(28).images[:1].mean(1, keepdim=True)
+    result = RGAP()(observe(seeded(models.lenet), CE, x, torch.tensor([7]), labels=False))
+    assert psnr(result.inputs, x) > 120
+    assert result.labels.item() == 7
+
+
+@pytest.mark.parametrize(
+    ("classes", "loss", "y", "head"),
+    [
+        (1, BCE, label(0.0), "logistic"),
+        (1, nn.SoftMarginLoss(), label(-1.0), "logistic"),
+        (2, CE, torch.tensor([1]), "softmax"),
+        (10, CE, torch.tensor([4]), "softmax"),
+    ],
+    ids=["BCE", "SoftMargin", "2 classes", "10 classes"],
+)
+@pytest.mark.parametrize("labels", [True, False], ids=["label known", "label unknown"])
+def test_heads_without_a_bias(digit_pictures, classes, loss, y, head, labels):
+    x = digit_pictures.images[5:6]
+    model = seeded(lambda: models.fcn((64, 80, 30, classes)))
+    result = RGAP()(observe(model, loss, x, y, labels=labels))
+    assert psnr(result.inputs, x) > 120
+    assert torch.equal(result.labels, y)
+    assert result.details["head"] == head
+
+
+@pytest.mark.parametrize(
+    ("tail", "loss", "y", "classes"),
+    [(nn.Sigmoid(), nn.BCELoss(), label(1.0), 1), (nn.LogSoftmax(1), nn.NLLLoss(), torch.tensor([2]), 4)],
+    ids=["Sigmoid and BCELoss", "LogSoftmax and NLLLoss"],
+)
+def test_a_last_activation_is_part_of_the_loss(digit_pictures, tail, loss, y, classes):
+    x = digit_pictures.images[5:6]
+    model = seeded(lambda: nn.Sequential(models.fcn((64, 80, classes), activation="tanh"), tail))
+    result = RGAP()(observe(model, loss, x, y, labels=False))
+    assert psnr(result.inputs, x) > 120
+    assert torch.equal(result.labels, y)
+
+
+def test_a_linear_layer_with_a_bias_is_enough_whatever_lies_above(digit_pictures):
+    """The recursion starts there: neither the ReLU nor the unknown loss matters."""
+    x, y = digit_pictures.images[5:6], torch.tensor([[0.3, -1.0, 2.0]])
+    model = seeded(lambda: models.fcn((64, 20, 3), activation="relu", bias=True))
+    result = RGAP()(observe(model, nn.MSELoss(), x, y))
+    assert psnr(result.inputs, x) > 120
+    assert result.details["start"] == "1"
+    unlabelled = RGAP()(observe(model, nn.MSELoss(), x, y, labels=False))
+    assert torch.equal(unlabelled.inputs, result.inputs)
+    assert unlabelled.labels is None
+    assert math.isnan(unlabelled.matching_loss)
+
+
+def test_a_frozen_layer_has_weight_constraints_only(digit_pictures):
+    x, y = digit_pictures.images[5:6], digit_pictures.labels[5:6]
+    model = seeded(models.digits_convnet)
+    model[0].weight.requires_grad_(False)  # 1,024 outputs of 64 pixels are enough
+    result = RGAP()(observe(model, CE, x, y))
+    assert psnr(result.inputs, x) > 120
+    assert result.details["layers"][-1]["gradient_constraints"] == 0
+
+
+def test_twins_are_told_apart_by_the_value_range_only(digit_pictures):
+    """Without biases LeakyReLU makes the model homogeneous: both margins' pictures have the same gradient."""
+    x, y = digit_pictures.images[5:6], label(1.0)
+    model = seeded(lambda: models.fcn((64, 80, 1)))
+    with torch.no_grad():
+        z = model(x).item()
+        model[-1].weight.mul_(2.0 / z)  # a margin above the minimum: the twin is the smaller picture
+        assert model(x).item() == pytest.approx(2.0, rel=1e-3)
+    result = RGAP()(observe(model, BCE, x, y))
+    assert result.details["twins"] == 1
+    assert psnr(result.inputs, x) > 120
+    smaller = RGAP()(observe(model, BCE, x, y, value_range=None))
+    assert smaller.details["twins"] == 1
+    assert smaller.matching_loss < 1e-10
+    ratio = smaller.inputs / x.double()
+    assert ratio[x > 0].std() < 1e-6  # the same picture, darker
+    assert float(ratio[x > 0].mean()) == pytest.approx(0.3, abs=0.15)
+
+
+# ---------------------------------------------------------------------- noise
+
+
+def test_a_noisy_gradient_does_not_blow_up_silently():
+    x = photos(32).images[:1]
+    results = {}
+    for noise in (1e-6, 1e-2):
+        results[noise] = RGAP()(observe(seeded(models.cnn6), BCE, x, label(1.0), noise=noise))
+    assert psnr(results[1e-6].inputs, x) > 60
+    assert results[1e-6].converged
+    assert not results[1e-2].converged
+    assert results[1e-2].details["residual"] > 1e-2
+    damped = RGAP(damping=0.1)(observe(seeded(models.cnn6), BCE, x, label(1.0), noise=1e-2))
+    assert psnr(damped.inputs, x) > psnr(results[1e-2].inputs, x) + 1
+
+
+def test_a_unit_that_rounding_puts_on_the_wrong_side_of_its_kink(digit_pictures, monkeypatch):
+    """Two gradients, rounded to float32, of models that differ in the sign of one all but zero unit."""
+    x, y = digit_pictures.images[3:4].double(), digit_pictures.labels[3:4]
+    crossed, recovered, without = 0, [], []
+    for sign in (1, -1):
+        model = seeded(lambda: models.digits_convnet(activation="leaky_relu")).double()
+        with torch.no_grad():
+            z = model[0](x)[0, 5, 2, 1]
+            model[0].bias[5] += sign * 1e-12 - z
+        observation = observe(model, CE, x, y)
+        rounded = {n: g.float().double() for n, g in observation.sent.items()}
+        observation = dataclasses.replace(observation, sent=rounded)
+        result = RGAP()(observation)
+        crossed += sum(row["crossed"] for row in result.details["layers"])
+        recovered.append(psnr(result.inputs, x))
+        with monkeypatch.context() as patch:
+            patch.setattr("gradguard.attacks.rgap._MOST_DOUBTS", 0)
+            without.append(psnr(RGAP()(observation).inputs, x))
+    assert crossed == 1
+    assert min(recovered) > 120
+    assert min(without) < 80 < max(without)
+
+
+def test_damping_leaves_a_clean_gradient_a_little_wrong(digit_pictures, batch, convnet):
+    x, y = batch[0][:1], batch[1][:1]
+    clean, damped = (RGAP(damping=d)(observe(convnet, CE, x, y)) for d in (0.0, 1e-3))
+    assert 20 < psnr(damped.inputs, x) < psnr(clean.inputs, x) - 50
+
+
+def test_values_that_no_activation_gives_are_reported(digit_pictures):
+    x, y = digit_pictures.images[3:4], digit_pictures.labels[3:4]
+    model = seeded(lambda: models.digits_convnet(activation="sigmoid"))
+    result = RGAP()(observe(model, CE, x, y, noise=0.5))
+    assert result.details["layers"][0]["outside"] > 0
+    assert not result.converged
+    assert torch.isfinite(result.inputs).all()
+
+
+def test_running_out_of_iterations_is_not_convergence(batch, convnet):
+    result = RGAP(max_iterations=3, tolerance=1.0)(observe(convnet, CE, batch[0][:1], batch[1][:1]))
+    assert [row["iterations"] for row in result.details["layers"]] == [3, 3]
+    assert not result.converged
+
+
+# ---------------------------------------------------------------------- refusals, before any solve
+
+
+def test_a_batch_is_refused(batch, convnet):
+    observation = observe(convnet, CE, *batch, batch_size=4)
+    with pytest.raises(InputError, match=r"one picture.*batch of 4"):
+        RGAP()(observation)
+
+
+def test_a_model_that_is_no_chain_is_refused_by_name(batch):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(18, 10))
+    with pytest.raises(UnsupportedModelError, match=r"'1' \(MaxPool2d\)"):
+        RGAP().check(observe(model, CE, batch[0][:1], batch[1][:1]))
+
+
+def test_relu_below_the_start_is_refused_by_name(batch):
+    model = models.digits_convnet(activation="relu")
+    with pytest.raises(UnsupportedModelError, match=r"'3' \(ReLU\)|'1' \(ReLU\)"):
+        RGAP().check(observe(model, CE, batch[0][:1], batch[1][:1]))
+
+
+def without_bias(outputs):
+    return models.fcn((64, 8, outputs))
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "y", "message"),
+    [
+        (without_bias(1), nn.MSELoss(), label(1.0), "'3'.*no bias.*BCEWithLogitsLoss"),
+        (
+            without_bias(1),
+            nn.BCEWithLogitsLoss(pos_weight=torch.tensor([3.0])),
+            label(1.0),
+            "neither the binary logistic",
+        ),
+        (without_bias(3), nn.CrossEntropyLoss(label_smoothing=0.1), torch.tensor([1]), "nor softmax cross-entropy"),
+        (
+            nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten()),
+            CE,
+            torch.tensor([1]),
+            r"'0' \(Conv2d\).*gradient of a convolution.*Flatten and Linear",
+        ),
+    ],
+    ids=["MSE", "weighted BCE", "label smoothing", "convolution"],
+)
+def test_a_last_layer_that_gives_no_start_is_refused(batch, model, loss, y, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        RGAP().check(observe(model, loss, batch[0][:1], y))
+
+
+def test_a_frozen_last_layer_is_refused(batch):
+    model = without_bias(1)
+    model[-1].weight.requires_grad_(False)
+    with pytest.raises(UnsupportedModelError, match=r"'3'.*weight is frozen"):
+        RGAP().check(observe(model, BCE, batch[0][:1], label(1.0)))
+
+
+def test_a_zero_gradient_is_refused(batch):
+    observation = observe(without_bias(1), BCE, batch[0][:1], label(1.0))
+    zero = {n: torch.zeros_like(g) for n, g in observation.sent.items()}
+    with pytest.raises(InputError, match=r"'5\.weight'|'3\.weight'"):
+        RGAP().check(
+            Observation(loss_gradient=observation.loss_gradient, sent=zero, input_shape=(1, 8, 8), labels=label(1.0))
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tolerance": 0.0}, "`tolerance` must be positive"),
+        ({"damping": -1.0}, "`damping` must be zero or positive"),
+        ({"damping": math.inf}, "`damping` must be zero or positive, and finite"),
+        ({"max_iterations": 0}, "`max_iterations` must be at least 1"),
+    ],
+)
+def test_options(options, message):
+    with pytest.raises(InputError, match=message):
+        RGAP(**options)
+
+
+def test_the_model_and_the_gradient_are_left_alone(batch, convnet):
+    observation = observe(convnet, CE, batch[0][:1], batch[1][:1])
+    before = {n: p.detach().clone() for n, p in convnet.named_parameters()}
+    sent = {n: g.clone() for n, g in observation.sent.items()}
+    RGAP()(observation)
+    assert all(torch.equal(p, before[n]) for n, p in convnet.named_parameters())
+    assert all(torch.equal(g, sent[n]) for n, g in observation.sent.items())
+    assert all(p.grad is None for p in convnet.parameters())

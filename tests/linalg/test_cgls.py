@@ -1,0 +1,52 @@
+"""CGLS against dense least squares in float64."""
+
+import pytest
+import torch
+
+from gradguard.linalg import LinearOperator
+from gradguard.linalg.cgls import cgls
+
+
+def problems(rows=3, m=30, n=12, rank=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(rows, m, n, generator=generator, dtype=torch.float64)
+    if rank is not None:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        values[:, rank:] = 0
+        matrix = left @ torch.diag_embed(values) @ right
+    return matrix, torch.randn(rows, m, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(30, 12, None), (8, 20, None), (30, 12, 7)])
+def test_is_the_least_squares_solution_of_least_norm(m, n, rank):
+    matrix, b = problems(m=m, n=n, rank=rank)
+    found = cgls(LinearOperator.from_matrix(matrix), b)
+    expected = (torch.linalg.pinv(matrix, rtol=1e-10) @ b[..., None])[..., 0]
+    assert found.converged.all()
+    assert torch.allclose(found.solution, expected, atol=1e-10)
+
+
+def test_damping_is_per_problem_and_that_of_the_normal_equations():
+    matrix, b = problems()
+    damping = torch.tensor([0.0, 0.5, 3.0], dtype=torch.float64)
+    found = cgls(LinearOperator.from_matrix(matrix), b, damping=damping)
+    normal = matrix.mT @ matrix + torch.diag_embed((damping**2)[:, None].expand(3, 12))
+    assert torch.allclose(found.solution, torch.linalg.solve(normal, (matrix.mT @ b[..., None])[..., 0]), atol=1e-10)
+
+
+def test_problems_of_different_difficulty_do_not_disturb_each_other():
+    matrix, b = problems()
+    matrix[1] = torch.eye(30, 12, dtype=torch.float64)  # ends after one step
+    b[2] = 0  # ends at once
+    together = cgls(LinearOperator.from_matrix(matrix), b)
+    alone = [cgls(LinearOperator.from_matrix(matrix[[i]]), b[[i]]).solution[0] for i in range(3)]
+    assert torch.allclose(together.solution, torch.stack(alone), atol=1e-12)
+    assert together.solution[2].eq(0).all()
+
+
+def test_running_out_of_iterations_is_reported():
+    matrix, b = problems()
+    found = cgls(LinearOperator.from_matrix(matrix), b, max_iterations=2)
+    assert found.iterations == 2
+    assert not found.converged.any()
+    assert (found.residual > 1e-6).all()

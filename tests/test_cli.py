@@ -1,0 +1,154 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from gradguard import LossGradient, load_gradient, save_gradient
+from gradguard.cli import main
+from gradguard.data import digits
+from gradguard.models import digits_convnet
+
+FACTORY = """
+import torch
+from gradguard.models import digits_convnet
+
+
+def make():
+    torch.manual_seed(3)
+    return digits_convnet()
+"""
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    path = tmp_path / "client.py"
+    path.write_text(FACTORY)
+    return f"{path}:make"
+
+
+@pytest.fixture
+def gradient_file(tmp_path):
+    torch.manual_seed(3)
+    pictures = digits()
+    gradient = LossGradient(digits_convnet(), torch.nn.CrossEntropyLoss())(pictures.images[:4], pictures.labels[:4])
+    save_gradient(tmp_path / "gradient.safetensors", gradient)
+    return tmp_path / "gradient.safetensors"
+
+
+QUICK = ("--batch-size", 4, "--attacked", 1, "--attack", "rgap", "--attack", "ilrg")
+
+
+def test_help_names_the_commands():
+    result = run("--help")
+    assert result.exit_code == 0
+    assert all(command in result.output for command in ("demo", "audit", "check", "rank"))
+    assert all(run(command, "--help").exit_code == 0 for command in ("demo", "audit", "check", "rank"))
+
+
+def test_audit_json(model_file):
+    result = run("audit", "--model", model_file, *QUICK, "--defense", "prior", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.output)
+    assert report["attacks"]["RGAP"]["without"]["psnr"][0] > 80
+    assert report["attacks"]["RGAP"]["with"]["psnr"][0] < 25
+    assert report["label_recovery"]["without"]["i_rec"] == 1.0
+
+
+def test_audit_writes_a_private_page(model_file, tmp_path):
+    result = run("audit", "--model", model_file, *QUICK, "--output", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    page = tmp_path / "report" / "index.html"
+    assert page.stat().st_mode & 0o777 == 0o600
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["attacks"]
+
+
+def test_check_says_no_and_writes_what_may_be_sent(model_file, gradient_file, tmp_path):
+    arguments = ("check", gradient_file, "--model", model_file, *QUICK, "--defense", "prior")
+    refused = run(*arguments, "--json")
+    assert refused.exit_code == 1, refused.output
+    assert json.loads(refused.output)["decision"] == "perturb"
+    out = tmp_path / "sent.safetensors"
+    written = run(*arguments, "--write", out, "--json")
+    assert written.exit_code == 0, written.output
+    sent, given = load_gradient(out), load_gradient(gradient_file)
+    assert set(sent) == set(given)
+    assert not torch.equal(sent["0.weight"], given["0.weight"])
+    assert out.stat().st_mode & 0o777 == 0o600
+
+
+def test_check_blocks_without_a_defense(model_file, gradient_file):
+    result = run("check", gradient_file, "--model", model_file, *QUICK)
+    assert result.exit_code == 1
+    assert result.output.startswith("block: ")
+
+
+def test_check_lets_through_what_meets_the_policy(model_file, gradient_file):
+    arguments = ("--min-error", 0, "--max-psnr", 1000)
+    result = run("check", gradient_file, "--model", model_file, *QUICK, *arguments)
+    assert result.exit_code == 0
+    assert result.output.startswith("send: ")
+
+
+def test_rank():
+    result = run("rank", "--model", "digits", "--json")
+    assert result.exit_code == 0, result.output
+    analysis = json.loads(result.output)
+    assert analysis["layers"][0]["unknowns"] == 64
+    assert run("rank", "--model", "digits").exit_code == 0
+
+
+def test_data_of_ones_own(model_file, tmp_path):
+    path = tmp_path / "mine.npz"
+    np.savez(path, images=(digits().images[:4, 0].numpy() * 255).astype("uint8"), labels=digits().labels[:4].numpy())
+    result = run("audit", "--model", model_file, "--data", path, *QUICK, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["labels"] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("audit", "--model", "nothing"), "`--model` must be one of"),
+        (("audit", "--model", "missing.py:make"), "There is no Python file 'missing.py'"),
+        (("audit", "--model", "gradguard.models:nope"), "nope"),
+        (("audit", "--model", "digits", "--data", "missing.npz"), "There is no data file 'missing.npz'"),
+        (("audit", "--model", "digits", "--weights", "missing.safetensors"), "There is no gradient file"),
+        (("audit", "--model", "digits", "--device", "cuda:99"), "`--device cuda:99` cannot be used here"),
+        (("audit", "--model", "cnn6"), "Inputs of shape (8, 1, 8, 8) do not go through Sequential"),
+        (("audit", "--model", "digits", "--defense", "prior", "--strength", "-1"), "`noise_ratio` must be positive"),
+        (("check", "missing.safetensors", "--model", "digits"), "There is no gradient file"),
+        (("rank", "--model", "digits", "--input-shape", "a,b"), "`--input-shape` must be positive integers"),
+        (("rank", "--model", "gradguard.models:digits_convnet"), "`--input-shape` is needed"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_pickle_is_refused(model_file, tmp_path):
+    path = tmp_path / "gradient.pt"
+    torch.save({"a": torch.zeros(1)}, path)
+    result = run("check", path, "--model", model_file, "--json")
+    assert result.exit_code == 2
+    assert "not a safetensors file" in json.loads(result.stdout)["error"]
+
+
+def test_the_module_runs_as_a_program():
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "gradguard", "--version"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0
+    assert "0.1.0" in done.stdout
