@@ -98,6 +98,81 @@ def digits_convnet(*, num_classes: int = 10, activation: str = "tanh") -> nn.Seq
     )
 
 
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions (or 1x1, 3x3, 1x1 with `expansion` 4) beside a shortcut (He et al. 2016)."""
+
+    def __init__(self, width_in: int, width: int, stride: int, *, expansion: int, activation: str) -> None:
+        super().__init__()
+        width_out = width * expansion
+        plan = [(width_in, width, 3, stride), (width, width, 3, 1)]
+        if expansion > 1:
+            plan = [(width_in, width, 1, 1), (width, width, 3, stride), (width, width_out, 1, 1)]
+        layers: list[nn.Module] = []
+        for place, (before, after, kernel, step) in enumerate(plan):
+            layers += [nn.Conv2d(before, after, kernel, step, kernel // 2, bias=False), nn.BatchNorm2d(after)]
+            if place < len(plan) - 1:
+                layers.append(activation_module(activation))
+        self.residual = nn.Sequential(*layers)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or width_in != width_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(width_in, width_out, 1, stride, bias=False), nn.BatchNorm2d(width_out)
+            )
+        self.activation = activation_module(activation)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`activation(residual(x) + shortcut(x))`."""
+        return self.activation(self.residual(x) + self.shortcut(x))
+
+
+#: Blocks per stage, and how much wider a block's output is than its inside.
+_RESNETS: dict[int, tuple[tuple[int, ...], int]] = {
+    10: ((1, 1, 1, 1), 1),
+    18: ((2, 2, 2, 2), 1),
+    34: ((3, 4, 6, 3), 1),
+    50: ((3, 4, 6, 3), 4),
+    101: ((3, 4, 23, 3), 4),
+    152: ((3, 8, 36, 3), 4),
+}
+
+
+def resnet(
+    depth: int = 18,
+    *,
+    in_channels: int = 3,
+    num_classes: int = 10,
+    width: int = 64,
+    activation: str = "relu",
+    large_inputs: bool = False,
+) -> nn.Sequential:
+    """ResNet-`depth` with batch normalisation (He et al. 2016): 10, 18, 34, 50, 101 or 152 layers.
+
+    `width`: channels of the first stage (64 in the paper). `large_inputs`: the ImageNet stem, a 7x7 convolution with
+    stride 2 and a max-pool; by default the CIFAR stem, one 3x3 convolution. Call `.eval()` before measuring it: in
+    training mode batch normalisation mixes examples.
+    """
+    if depth not in _RESNETS:
+        raise InputError(f"`depth` must be one of {sorted(_RESNETS)}, got {depth}.")
+    blocks, expansion = _RESNETS[depth]
+    stem: list[nn.Module] = [nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)]
+    if large_inputs:
+        stem = [nn.Conv2d(in_channels, width, 7, 2, 3, bias=False)]
+    stem += [nn.BatchNorm2d(width), activation_module(activation)]
+    if large_inputs:
+        stem.append(nn.MaxPool2d(3, 2, 1))
+    stages: list[nn.Module] = []
+    channels = width
+    for stage, count in enumerate(blocks):
+        inside = width * 2**stage
+        parts: list[nn.Module] = []
+        for place in range(count):
+            stride = 2 if stage > 0 and place == 0 else 1
+            parts.append(ResidualBlock(channels, inside, stride, expansion=expansion, activation=activation))
+            channels = inside * expansion
+        stages.append(nn.Sequential(*parts))
+    return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+
 #: What `gradguard rank --model NAME` knows by name, each with its input shape.
 NAMED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "lenet": (lenet, (1, 28, 28)),
@@ -105,4 +180,5 @@ NAMED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "cnn6-d": (lambda: cnn6(second_channels=20), (3, 32, 32)),
     "fcn3": (lambda: fcn((784, 1000, 100, 1)), (1, 28, 28)),
     "digits": (digits_convnet, (1, 8, 8)),
+    "resnet18": (resnet, (3, 32, 32)),
 }
