@@ -14,6 +14,7 @@ from gradguard.guard import Guard
 from gradguard.jacobian import InputJacobian
 from gradguard.policy import Policy, ThreatModel
 from gradguard.report import LeakageReport, Verdict
+from gradguard.survey import Survey, survey
 
 __all__ = [
     "Guard",
@@ -22,6 +23,7 @@ __all__ = [
     "LeakageReport",
     "LossGradient",
     "Policy",
+    "Survey",
     "ThreatModel",
     "UnsupportedModelError",
     "Verdict",
@@ -31,4 +33,5 @@ __all__ = [
     "linalg",
     "load_gradient",
     "save_gradient",
+    "survey",
 ]

@@ -16,21 +16,30 @@ from typing import Any
 
 import click
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from gradguard.attacks import DLG, IDLG, ILRG, RGAP, Attack, InvertingGradients
 from gradguard.data import Pictures, digits, load_npz, photos
 from gradguard.defenses import Defense, GaussianNoise, PriorNoise, Pruning, SmallEigenspaceNoise
 from gradguard.errors import InputError
 from gradguard.files import load_gradient, load_weights, save_gradient, write_text
+from gradguard.folder import PictureFolder
 from gradguard.guard import Guard
 from gradguard.models import NAMED
 from gradguard.policy import Policy, ThreatModel
+from gradguard.survey import YARDSTICK, survey
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "cross-entropy": nn.CrossEntropyLoss,
     "binary-cross-entropy": nn.BCEWithLogitsLoss,
     "mse": nn.MSELoss,
+}
+#: Class indices `(N,)` as each loss takes them.
+AS_TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cross-entropy": lambda labels: labels,
+    "binary-cross-entropy": lambda labels: labels[:, None].to(torch.float32),
+    "mse": lambda labels: labels[:, None].to(torch.float32),
 }
 ATTACKS: dict[str, Callable[[], Attack]] = {
     "rgap": RGAP,
@@ -92,7 +101,14 @@ subject_options = options(
         help="Its parameters as safetensors (default: as the factory draws them).",
     ),
     click.option(
-        "--data", default="digits", show_default=True, help='"digits", "photos", or an .npz with images and labels.'
+        "--data",
+        default="digits",
+        show_default=True,
+        help='"digits", "photos", an .npz with images and labels, or a folder of pictures with a sub-folder per class.',
+    ),
+    click.option(
+        "--input-shape",
+        help="Channels,height,width that the pictures of a folder are scaled to (default: the named model's own).",
     ),
     click.option("--loss", type=click.Choice(list(LOSSES)), default="cross-entropy", show_default=True),
     click.option(
@@ -145,6 +161,7 @@ class Subject:
         model: str,
         weights: Path | None,
         data: str,
+        input_shape: str | None,
         loss: str,
         batch_size: int,
         defense: str | None,
@@ -163,12 +180,14 @@ class Subject:
         if weights is not None:
             load_weights(weights, self.model)
         self.model.to(place).eval()
-        pictures = load_pictures(data, default_shape)
+        self.data = load_data(data, parse_shape(input_shape) if input_shape else default_shape)
+        pictures = self.data if isinstance(self.data, Pictures) else first_pictures(self.data, batch_size)
         self.inputs = pictures.images[:batch_size].to(place)
-        labels = pictures.labels[:batch_size].to(place)
-        self.targets = labels if loss == "cross-entropy" else labels[:, None].to(self.inputs.dtype)
+        self.as_targets = AS_TARGETS[loss]
+        self.targets = self.as_targets(pictures.labels[:batch_size]).to(place)
         self.loss_fn = LOSSES[loss]()
         self.class_names = pictures.class_names
+        self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
         self.guard = Guard(
             defense=DEFENSES[defense](strength) if defense else None,
@@ -178,6 +197,26 @@ class Subject:
             ),
             threat=ThreatModel(max_attacked=attacked),
         )
+
+    def examples(self) -> tuple[Tensor, Tensor] | Dataset:
+        """All of the data, labels in the form that the loss takes; a folder's pictures as they are needed."""
+        if isinstance(self.data, Pictures):
+            return self.data.images, self.as_targets(self.data.labels)
+        return Relabelled(self.data, self.as_targets)
+
+
+class Relabelled(Dataset):
+    """A folder of pictures whose labels are in the form that a loss takes."""
+
+    def __init__(self, folder: PictureFolder, as_targets: Callable[[Tensor], Tensor]) -> None:
+        self.folder, self.as_targets = folder, as_targets
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        picture, label = self.folder[index]
+        return picture, self.as_targets(torch.tensor([label]))[0]
 
 
 @main.command()
@@ -215,14 +254,36 @@ def demo(output: Path, steps: int, noise_ratio: float, device: str, seed: int, a
 @main.command()
 @subject_options
 @click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Measure every example of the data by itself, without attacks: who is exposed, class by class.",
+)
+@click.option("--examples", type=click.IntRange(1), help="The same for the first so many examples.")
+@click.option(
+    "--exact", is_flag=True, help="With --all or --examples: the predicted error itself, not only its lower bound."
+)
+@click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="Write the HTML page and its pictures to this folder (private: they show reconstructions).",
+    help="Write the HTML page and its pictures to this folder (private: they show reconstructions). With --all or "
+    "--examples: page, figure, numbers, and what is measured so far, from which the same command goes on.",
 )
 @reports_errors
-def audit(output: Path | None, as_json: bool, **subject: Any) -> None:
-    """What the gradient of a batch gives away: measures, attacks, verdict."""
+def audit(
+    everything: bool, examples: int | None, exact: bool, output: Path | None, as_json: bool, **subject: Any
+) -> None:
+    """What the gradient of a batch gives away: measures, attacks, verdict. With --all: of every example of the data."""
     case = Subject(**subject)
+    if everything or examples is not None:
+        if everything and examples is not None:
+            raise InputError(f"Give `--all` or `--examples {examples}`, not both.")
+        source = click.get_current_context().get_parameter_source("batch_size")
+        chunk = None if source == click.core.ParameterSource.DEFAULT else subject["batch_size"]
+        survey_of(case, output, as_json, examples=examples, exact=exact, batch_size=chunk)
+        return
+    if exact:
+        raise InputError("`--exact` goes with --all or --examples; the audit of a batch is exact.")
     report = case.guard.audit(
         case.model, case.loss_fn, case.inputs, case.targets, class_names=case.class_names, generator=case.generator
     )
@@ -235,6 +296,35 @@ def audit(output: Path | None, as_json: bool, **subject: Any) -> None:
         report.print()
         if output is not None:
             click.echo(f"\nThe report with pictures: {output / 'index.html'}")
+
+
+def survey_of(case: Subject, output: Path | None, as_json: bool, **options: Any) -> None:
+    """`gradguard audit --all`: measure, write, print."""
+    checkpoint = output / "survey.safetensors" if output is not None else None
+    try:
+        found = survey(
+            case.model,
+            case.loss_fn,
+            case.examples(),
+            defense=case.guard.defense or YARDSTICK,
+            checkpoint=checkpoint,
+            seed=case.seed,
+            class_names=case.class_names,
+            **options,
+        )
+    except KeyboardInterrupt:
+        kept = f"; the same command goes on from what {checkpoint} holds" if checkpoint and checkpoint.exists() else ""
+        click.echo(f"gradguard: stopped{kept}.", err=True)
+        sys.exit(130)
+    if output is not None:
+        found.save_html(output / "index.html")
+        write_text(output / "survey.json", found.to_json())
+    if as_json:
+        click.echo(found.to_json())
+    else:
+        found.print()
+        if output is not None:
+            click.echo(f"\nThe page, the figure and the numbers: {output}")
 
 
 @main.command()
@@ -320,13 +410,23 @@ def load_model(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
     return model, None
 
 
-def load_pictures(name: str, shape: tuple[int, ...] | None) -> Pictures:
-    """The bundled set called `name`, or an `.npz`."""
+def load_data(name: str, shape: tuple[int, ...] | None) -> Pictures | PictureFolder:
+    """The bundled set called `name`, a folder of pictures, or an `.npz`."""
     if name == "digits":
         return digits()
     if name == "photos":
         return photos(shape[-1] if shape else 32)
-    return load_npz(name)
+    return PictureFolder(name, shape=shape) if Path(name).is_dir() else load_npz(name)
+
+
+def first_pictures(folder: PictureFolder, count: int) -> Pictures:
+    """The first pictures of a folder. Raises `InputError` if their sizes differ."""
+    items = [folder[index] for index in range(min(count, len(folder)))]
+    shapes = {tuple(x.shape) for x, _ in items}
+    if len(shapes) > 1:
+        raise InputError(f"The pictures of {folder.path} differ in size: {sorted(shapes)}. Give `--input-shape`.")
+    images, labels = torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
+    return Pictures(images, labels, folder.class_names, folder.path.name)
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

@@ -152,3 +152,89 @@ def test_the_module_runs_as_a_program():
     )
     assert done.returncode == 0
     assert "0.1.0" in done.stdout
+
+
+# ---------------------------------------------------------------------- a whole data set
+
+
+def test_audit_of_a_whole_data_set(model_file, tmp_path):
+    path = tmp_path / "mine.npz"
+    np.savez(path, images=(digits().images[:30, 0].numpy() * 255).astype("uint8"), labels=digits().labels[:30].numpy())
+    out = tmp_path / "out"
+    arguments = ("audit", "--model", model_file, "--data", path, "--output", out)
+    first = run(*arguments, "--examples", 20, "--json")
+    assert first.exit_code == 0, first.output
+    found = json.loads(first.stdout)
+    assert (found["count"], found["measure"], len(found["examples"]["lambda_max"])) == (20, "lower_bound", 20)
+    assert {p.name for p in out.iterdir()} == {"index.html", "survey.png", "survey.json", "survey.safetensors"}
+    assert all(p.stat().st_mode & 0o777 == 0o600 for p in out.iterdir())
+    everything = run(*arguments, "--all")
+    assert everything.exit_code == 0, everything.output
+    assert "is the most exposed" in everything.stdout
+    kept = json.loads((out / "survey.json").read_text())
+    assert kept["count"] == 30
+    assert kept["examples"]["lower_bound"][:20] == found["examples"]["lower_bound"]
+    other = run(*arguments, "--all", "--seed", 1)
+    assert other.exit_code == 2
+    assert "of another survey: seed 0 there, 1 here" in other.stderr
+
+
+def test_audit_of_a_whole_data_set_under_a_defense(model_file):
+    result = run("audit", "--model", model_file, "--examples", 3, "--exact", "--defense", "prior", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["defense"].startswith("PriorNoise(")
+    assert found["measure"] == "predicted_error"
+
+
+def test_a_stopped_audit_says_how_to_go_on(model_file, tmp_path, monkeypatch):
+    arguments = ("audit", "--model", model_file, "--examples", 20, "--batch-size", 8, "--output", tmp_path, "--json")
+    plain = LossGradient.check_batch
+    calls = []
+
+    def stopping(self, inputs, targets):
+        calls.append(len(inputs))
+        if len(calls) == 6:  # each chunk is checked before the first is measured, and again when its turn comes
+            raise KeyboardInterrupt
+        plain(self, inputs, targets)
+
+    monkeypatch.setattr(LossGradient, "check_batch", stopping)
+    stopped = run(*arguments)
+    monkeypatch.undo()
+    assert stopped.exit_code == 130
+    assert "the same command goes on" in stopped.stderr
+    assert calls == [8, 8, 4, 8, 8, 4]
+    continued = run(*arguments)
+    fresh = run(*arguments[:-3], "--output", tmp_path / "fresh", "--json")
+    assert continued.exit_code == fresh.exit_code == 0
+    assert json.loads(continued.stdout)["examples"] == json.loads(fresh.stdout)["examples"]
+
+
+def test_a_folder_of_pictures_as_data(model_file, tmp_path):
+    from PIL import Image
+
+    for index, label in enumerate(digits().labels[:6].tolist()):
+        (tmp_path / "data" / str(label)).mkdir(parents=True)
+        picture = (digits().images[index, 0] * 255).to(torch.uint8).numpy()
+        Image.fromarray(picture).resize((16, 16)).save(tmp_path / "data" / str(label) / "a.png")
+    data = ("--data", tmp_path / "data", "--input-shape", "1,8,8")
+    surveyed = run("audit", "--model", model_file, *data, "--all", "--json")
+    assert surveyed.exit_code == 0, surveyed.output
+    assert json.loads(surveyed.stdout)["examples"]["label"] == [0, 1, 2, 3, 4, 5]
+    audited = run("audit", "--model", model_file, *data, *QUICK, "--json")
+    assert json.loads(audited.stdout)["labels"] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--all", "--examples", "3"), "Give `--all` or `--examples 3`, not both"),
+        (("--exact",), "`--exact` goes with --all or --examples"),
+        (("--all", "--data", "."), "one sub-folder per class"),
+    ],
+)
+def test_bad_usage_of_a_survey(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("audit", "--model", "digits", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr

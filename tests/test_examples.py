@@ -14,6 +14,8 @@ SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 SAYS = {
     "check_before_sending": ["round 0: perturb", "round 5: "],
     "compare_defenses": ["none", "PriorNoise", "test accuracy"],
+    "fairness": ["is the most exposed", "over single examples the factor is"],
+    "floors": ["any attacker", "eigenvalues are below"],
     "lightning_digits": ["lower bound", "Label recovery"],
 }
 

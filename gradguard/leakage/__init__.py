@@ -1,24 +1,31 @@
-"""Numbers about what leaks: influence and its bound, the spectrum of `J J^T`, ranks, labels, reconstruction quality."""
+"""Numbers about what leaks: influence and its bound, the spectrum of `J J^T`, floors under an attacker's error, ranks,
+labels, reconstruction quality."""
 
 from gradguard.leakage.fidelity import Fidelity, fidelity
+from gradguard.leakage.floors import Floor, bayes_floor, cramer_rao_floor
 from gradguard.leakage.influence import Influence, InfluenceBound, influence, influence_lower_bound
 from gradguard.leakage.labels import LabelRecovery, count_labels, label_recovery
 from gradguard.leakage.rank import LayerRank, RankAnalysis, rank_analysis
-from gradguard.leakage.spectrum import Spectrum, spectrum
+from gradguard.leakage.spectrum import SpectralDensity, Spectrum, spectral_density, spectrum
 
 __all__ = [
     "Fidelity",
+    "Floor",
     "Influence",
     "InfluenceBound",
     "LabelRecovery",
     "LayerRank",
     "RankAnalysis",
+    "SpectralDensity",
     "Spectrum",
+    "bayes_floor",
     "count_labels",
+    "cramer_rao_floor",
     "fidelity",
     "influence",
     "influence_lower_bound",
     "label_recovery",
     "rank_analysis",
+    "spectral_density",
     "spectrum",
 ]

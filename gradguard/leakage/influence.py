@@ -5,22 +5,30 @@ Source: Zhang et al. 2023, "Understanding Deep Gradient Leakage via Inversion In
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from gradguard.errors import InputError
-from gradguard.gradients import flatten
+from gradguard.gradients import Gradient, flatten
 from gradguard.jacobian import InputJacobian
-from gradguard.linalg import dense_least_squares, largest_eigenpairs, lsmr
+from gradguard.linalg import (
+    dense_least_squares,
+    lanczos_solve,
+    largest_eigenvalue,
+    largest_eigenvalue_bound,
+    lsmr,
+)
 
 #: `J` is formed where it takes at most this many elements (256 MiB in float64) ...
 DENSE_ELEMENTS = 2**25
 #: ... and at most this many rows: beyond, a few hundred products are cheaper than a factorisation.
 DENSE_SIZE = 1024
+
+Result = TypeVar("Result", "Influence", "InfluenceBound")
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class Influence:
 
     `value`: `(R,)`, `I(delta) = |displacement|`, in input units (Euclidean norm over the problem's inputs);
     `displacement`: shape of the inputs, how the reconstruction moves: `x_hat ~ x + displacement`;
-    `residual`: `(R,)`, the least-squares solver's own (see `linalg.LeastSquares`); `iterations`; `converged`: `(R,)`.
+    `residual`: `(R,)`, the solver's own (see `influence`); `iterations`; `converged`: `(R,)`.
     """
 
     value: Tensor
@@ -45,8 +53,9 @@ class InfluenceBound:
 
     `value`: `(R,)`, `|J delta| / (lambda_max + residual)`, at most `I(delta)` where Lanczos has found the largest
     eigenvalue; `lambda_max`: `(R,)`, the Ritz value, which is at most the true one; `residual`: `(R,)`, an eigenvalue
-    lies within it of the Ritz value;
-    `iterations`; `converged`: `(R,)`; `vectors`: `(R, n)`, to start the next call from.
+    lies within it of the Ritz value (with `method="trace"`: `lambda_max` is a bound from above and `residual` 0);
+    `iterations`; `converged`: `(R,)`; `vectors`: `(R, n)`, to start the next call from; `projected`: `(R,)`,
+    `|J delta|`.
     """
 
     value: Tensor
@@ -55,6 +64,7 @@ class InfluenceBound:
     iterations: int
     converged: Tensor
     vectors: Tensor
+    projected: Tensor
 
 
 def influence(
@@ -64,29 +74,56 @@ def influence(
     damping: float = 0.0,
     tolerance: float | None = None,
     max_iterations: int | None = None,
-    method: Literal["auto", "lsmr", "dense"] = "auto",
+    method: Literal["auto", "lanczos", "lsmr", "dense"] = "auto",
 ) -> Influence:
     """`I(delta) = |(J J^T + damping)^{-1} J delta|` (Zhang et al. 2023, Eq. 4), for each problem of `jacobian`.
 
-    Solved as the least-squares problem `min_b |J^T b - delta|^2 + damping |b|^2`. Where `J J^T` is singular and
-    `damping` is 0 the solution of least norm is taken: what the gradient does not determine is not counted.
+    The least-squares problem `min_b |J^T b - delta|^2 + damping |b|^2`. Where `J J^T` is singular and `damping` is 0
+    the solution of least norm is taken: what the gradient does not determine is not counted. Computed in float64
+    wherever the device has it: small eigenvalues of `J J^T`, which influence is made of, are lost in float32.
 
     `delta`: the perturbation of the (batch's) gradient, one tensor per parameter; per example it may also be
     `(B, *parameter_shape)`. `damping`: the paper's `eps`, added to `J J^T`; its published tables use 1.
-    `tolerance`, `max_iterations`: of LSMR. `method`: "dense" forms `J` (small inputs), "lsmr" never does,
-    "auto" chooses by size. Running out of iterations is reported in `converged`, never raised.
+    `method`: "dense" forms `J` (small inputs) and is right at any condition number; "lanczos" solves in input space and
+    never holds a parameter-sized vector per example, at condition numbers of `J` up to 1e6 or so; "lsmr" does with a
+    worse one, and holds such vectors; "auto" is dense where `J` is small, else Lanczos. `tolerance`, `max_iterations`:
+    of the solver; `residual` is relative to `|J delta|` (Lanczos), or as in `linalg.LeastSquares`. Running out of
+    iterations is reported in `converged`, never raised; a Lanczos solution that is cut short is too short, so its value
+    is a lower bound.
     """
     if damping < 0:
         raise InputError(f"`damping` must not be negative, got {damping}.")
-    vector = _perturbation_rows(jacobian, delta)
-    if method == "dense" or (method == "auto" and fits_dense(jacobian)):
-        answer = dense_least_squares(jacobian.dense().mT, vector, damping=damping**0.5)
-    else:
-        operator = jacobian.transpose_operator()
-        answer = lsmr(operator, vector, damping=damping**0.5, tolerance=tolerance, max_iterations=max_iterations)
-    displacement = answer.solution.reshape(jacobian.inputs.shape)
-    value = torch.linalg.vector_norm(answer.solution, dim=-1)
-    return Influence(value, displacement, answer.residual, answer.iterations, answer.converged)
+    if method not in ("auto", "lanczos", "lsmr", "dense"):
+        raise InputError(f'`method` must be "auto", "lanczos", "lsmr" or "dense", got {method!r}.')
+    delta = _checked_delta(jacobian, delta)
+
+    def solve(part: InputJacobian, delta: Gradient) -> Influence:
+        part = part if part.inputs.device.type == "mps" else part.in_dtype(torch.float64)  # MPS has none
+        delta = {n: d.to(part.inputs) for n, d in delta.items()}
+        if method == "dense" or (method == "auto" and fits_dense(part)):
+            answer = dense_least_squares(part.dense().mT, _rows(part, delta), damping=damping**0.5)
+        elif method == "lsmr":
+            answer = lsmr(
+                part.transpose_operator(),
+                _rows(part, delta),
+                damping=damping**0.5,
+                tolerance=tolerance,
+                max_iterations=max_iterations,
+            )
+        else:
+            answer = lanczos_solve(
+                part.gram_operator(),
+                part.matvec(delta).reshape(part.num_problems, part.size),
+                damping=damping,
+                tolerance=tolerance,
+                max_iterations=max_iterations,
+            )
+        solution = answer.solution.to(jacobian.inputs)
+        displacement = solution.reshape(part.inputs.shape)
+        value = torch.linalg.vector_norm(solution, dim=-1)
+        return Influence(value, displacement, answer.residual, answer.iterations, answer.converged)
+
+    return _by_chunk(solve, jacobian, delta)
 
 
 def influence_lower_bound(
@@ -96,27 +133,42 @@ def influence_lower_bound(
     tolerance: float = 1e-3,
     max_iterations: int | None = None,
     start: Tensor | None = None,
+    method: Literal["lanczos", "trace"] = "lanczos",
     generator: torch.Generator | None = None,
 ) -> InfluenceBound:
     """`I_lb(delta) = |J delta| / lambda_max(J J^T)` (Zhang et al. 2023, Eq. 5), for each problem of `jacobian`.
 
-    `lambda_max` comes from Lanczos in input space. A Ritz value lies below it, so the bound divides by
-    `ritz + residual`. `tolerance`: of Lanczos, relative to the Ritz value. `start`: `(R, n)`, the `vectors` of an
-    earlier bound (a training loop's last step) save iterations. `delta`: as in `influence`.
+    `method`: "lanczos" finds `lambda_max` in input space to a relative accuracy of `tolerance`; since a Ritz value lies
+    below it, the bound divides by `ritz + residual`. "trace" divides by a number that `lambda_max` is below with
+    probability 0.999 whatever the spectrum, from random vectors alone (`linalg.largest_eigenvalue_bound` with 8 of
+    them): a sure bound in eight products, several times lower. `start`: `(R, n)`, the `vectors` of an earlier bound (a
+    training loop's last step) save iterations. `delta`: as in `influence`.
     """
-    projected = jacobian.matvec(delta).reshape(jacobian.num_problems, jacobian.size)
-    top = largest_eigenpairs(
-        jacobian.gram_operator(),
-        1,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-        start=start,
-        generator=generator,
-    )
-    ritz, residual = top.values[:, 0], top.residual[:, 0]
-    tiny = torch.finfo(ritz.dtype).tiny
-    value = torch.linalg.vector_norm(projected, dim=-1) / (ritz + residual).clamp_min(tiny)
-    return InfluenceBound(value, ritz, residual, top.iterations, top.converged, top.vectors[:, 0])
+    if method not in ("lanczos", "trace"):
+        raise InputError(f'`method` must be "lanczos" or "trace", got {method!r}.')
+    delta = _checked_delta(jacobian, delta)
+    starts = None if start is None else iter(start.split(jacobian.chunk_size or jacobian.num_problems))
+
+    def bound(part: InputJacobian, delta: Gradient) -> InfluenceBound:
+        projected = torch.linalg.vector_norm(part.matvec(delta).reshape(part.num_problems, part.size), dim=-1)
+        operator = part.gram_operator()
+        tiny = torch.finfo(projected.dtype).tiny
+        if method == "trace":
+            above = largest_eigenvalue_bound(operator, generator=generator)
+            value, zeros = projected / above.clamp_min(tiny), torch.zeros_like(above)
+            vectors = torch.zeros(operator.shape[0], operator.shape[-1], dtype=value.dtype, device=value.device)
+            return InfluenceBound(value, above, zeros, 8, zeros == 0, vectors, projected)
+        top = largest_eigenvalue(
+            operator,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            start=None if starts is None else next(starts),
+            generator=generator,
+        )
+        value = projected / (top.value + top.residual).clamp_min(tiny)
+        return InfluenceBound(value, top.value, top.residual, top.iterations, top.converged, top.vector, projected)
+
+    return _by_chunk(bound, jacobian, delta)
 
 
 def fits_dense(jacobian: InputJacobian) -> bool:
@@ -125,13 +177,41 @@ def fits_dense(jacobian: InputJacobian) -> bool:
     return jacobian.size <= DENSE_SIZE and elements <= DENSE_ELEMENTS
 
 
-def _perturbation_rows(jacobian: InputJacobian, delta: Mapping[str, Tensor]) -> Tensor:
+def _by_chunk(measure: Callable[[InputJacobian, Gradient], Result], jacobian: InputJacobian, delta: Gradient) -> Result:
+    """`measure` on each chunk of the problems to its end, which is what bounds the memory; results put together."""
+    shared = _shared(jacobian, delta)
+    found = [
+        measure(part, delta if shared else {n: d[rows] for n, d in delta.items()}) for rows, part in jacobian.chunks()
+    ]
+    if len(found) == 1:
+        return found[0]
+    merged: dict[str, Any] = {}
+    for field in fields(found[0]):
+        values = [getattr(f, field.name) for f in found]
+        merged[field.name] = torch.cat(values) if isinstance(values[0], Tensor) else max(values)
+    return type(found[0])(**merged)
+
+
+def _checked_delta(jacobian: InputJacobian, delta: Mapping[str, Tensor]) -> Gradient:
+    """`delta` in the parameters' order; `InputError` if it lacks some, or has the wrong number of rows."""
+    missing = set(jacobian.parameters) - set(delta)
+    if missing:
+        raise InputError(f"`delta` lacks parameters of the model: {sorted(missing)[:5]}.")
+    checked = {n: delta[n] for n in jacobian.parameters}
+    if not _shared(jacobian, checked):
+        for value in checked.values():
+            if len(value) != jacobian.num_problems:
+                raise InputError(f"`delta` holds {len(value)} perturbations for {jacobian.num_problems} problems.")
+    return checked
+
+
+def _shared(jacobian: InputJacobian, delta: Gradient) -> bool:
+    """Whether one perturbation stands for all problems."""
+    return all(delta[n].shape == p.shape for n, p in jacobian.parameters.items())
+
+
+def _rows(jacobian: InputJacobian, delta: Gradient) -> Tensor:
     """`delta` as one row per problem: `(R, P)`."""
-    delta = {n: delta[n].to(p) for n, p in jacobian.parameters.items() if n in delta}
-    if set(delta) != set(jacobian.parameters):
-        raise InputError(f"`delta` lacks parameters of the model: {sorted(set(jacobian.parameters) - set(delta))[:5]}.")
-    shared = all(delta[n].shape == p.shape for n, p in jacobian.parameters.items())
-    rows = flatten(delta)[None].expand(jacobian.num_problems, -1) if shared else flatten(delta, batch_dims=1)
-    if len(rows) != jacobian.num_problems:
-        raise InputError(f"`delta` holds {len(rows)} perturbations for {jacobian.num_problems} problems.")
-    return rows
+    if _shared(jacobian, delta):
+        return flatten(delta)[None].expand(jacobian.num_problems, -1)
+    return flatten(delta, batch_dims=1)

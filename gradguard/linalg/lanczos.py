@@ -6,6 +6,7 @@ reads a number back from the device; convergence is looked at every `check_every
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,22 @@ def krylov_space(
     return _Lanczos(operator, steps, start, generator).advance(steps).space()
 
 
+def krylov_spaces(
+    operator: LinearOperator,
+    limit: int,
+    *,
+    start: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    check_every: int = 5,
+    first: int = 1,
+) -> Iterator[KrylovSpace]:
+    """One Krylov space as it grows to `limit` steps, shown every `check_every` steps (first after `first` or more)."""
+    lanczos = _Lanczos(operator, limit, start, generator)
+    while lanczos.steps < limit:
+        lanczos.advance(min(limit, max(lanczos.steps + check_every, first)) - lanczos.steps)
+        yield lanczos.space()
+
+
 def largest_eigenpairs(
     operator: LinearOperator,
     count: int = 1,
@@ -70,21 +87,61 @@ def largest_eigenpairs(
     `max_iterations`: Lanczos steps, at most `n` (default `min(n, max(20 count, 300))`); running out is reported in
     `converged`, never raised. `start`: `(R, n)`, for instance the vectors of an earlier call.
     """
+    return extreme_eigenpairs(
+        operator,
+        count,
+        0,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        start=start,
+        generator=generator,
+        check_every=check_every,
+    )
+
+
+def extreme_eigenpairs(
+    operator: LinearOperator,
+    leading: int,
+    smallest: int,
+    *,
+    tolerance: float = 1e-6,
+    max_iterations: int | None = None,
+    start: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    check_every: int = 5,
+) -> Eigenpairs:
+    """The `leading` and the `smallest` eigenpairs of `R` positive semi-definite operators, from one Krylov space.
+
+    Values largest first: the leading ones, then the smallest ones. Options as in `largest_eigenpairs`; the tolerance is
+    relative to the largest Ritz value at both ends. The small end converges slowly where eigenvalues cluster at 0, and
+    a Ritz value is never below the smallest eigenvalue: read `residual`. A repeated eigenvalue is found once.
+    """
     n = operator.shape[-1]
-    count = min(count, n)
-    limit = min(n, max_iterations or max(20 * count, 300))
-    lanczos = _Lanczos(operator, limit, start, generator)
-    while True:
-        lanczos.advance(min(limit, max(lanczos.steps + check_every, count)) - lanczos.steps)
-        space = lanczos.space()
-        values, rotation = torch.linalg.eigh(space.tridiagonal())
-        values, rotation = values.flip(-1)[:, :count], rotation.flip(-1)[:, :, :count]
+    leading, smallest = min(leading, n), min(smallest, n - min(leading, n))
+    count = leading + smallest
+    limit = min(n, max(count, max_iterations or max(20 * count, 300)))
+    spaces = krylov_spaces(operator, limit, start=start, generator=generator, check_every=check_every, first=count)
+    for space in spaces:
+        tridiagonal, empty = space.tridiagonal(), None
+        if smallest:
+            # An exhausted space is filled up with zeros, which would pose as the smallest eigenvalues.
+            empty = torch.linalg.vector_norm(space.basis, dim=-1) == 0
+            between = space.diagonal.sum(-1, keepdim=True) / (~empty).sum(-1, keepdim=True)
+            tridiagonal = tridiagonal + torch.diag_embed(empty * between)
+        values, rotation = torch.linalg.eigh(tridiagonal)
+        steps = values.shape[-1]
+        chosen = torch.arange(steps - 1, -1, -1, device=values.device)
+        chosen = torch.cat([chosen[:leading], chosen[steps - smallest :]])
+        largest, values, rotation = values[:, -1:], values[:, chosen], rotation[:, :, chosen]
         residual = (space.off_diagonal[:, -1:] * rotation[:, -1, :]).abs()
+        if empty is not None:
+            residual = torch.where((rotation**2 * empty[..., None]).sum(1) > 0.5, torch.inf, residual)
         # A Krylov space that is exhausted early has a residual of zero: the start vector had no more to give.
-        converged = (residual <= tolerance * values[:, :1]).all(dim=-1)
-        if lanczos.steps == limit or bool(converged.all()):
-            vectors = torch.einsum("rjk,rjn->rkn", rotation, space.basis)
-            return Eigenpairs(values, vectors, residual, lanczos.steps, converged)
+        converged = (residual <= tolerance * largest).all(dim=-1)
+        if bool(converged.all()):
+            break
+    vectors = torch.einsum("rjk,rjn->rkn", rotation, space.basis)
+    return Eigenpairs(values, vectors, residual, steps, converged)
 
 
 class _Lanczos:

@@ -69,10 +69,14 @@ def test_the_converged_bound_is_equation_5(model, cross_entropy, batch):
     jacobian = InputJacobian(LossGradient(model, cross_entropy), *batch)
     delta = perturbation(jacobian)
     dense = jacobian.dense()
-    expected = (dense @ flatten(delta)).norm(dim=-1) / torch.linalg.matrix_norm(dense, ord=2) ** 2
+    projected, largest = (dense @ flatten(delta)).norm(dim=-1), torch.linalg.matrix_norm(dense, ord=2) ** 2
     bound = influence_lower_bound(jacobian, delta, tolerance=1e-9)
     assert bound.converged.all()
-    torch.testing.assert_close(bound.value, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(bound.lambda_max, largest, rtol=1e-8, atol=0)
+    torch.testing.assert_close(bound.value, projected / (bound.lambda_max + bound.residual), rtol=1e-9, atol=0)
+    # An eigenvalue is as accurate as the square of its residual, so the denominator is a little too large.
+    torch.testing.assert_close(bound.value, projected / largest, rtol=1e-4, atol=0)
+    assert (bound.value <= projected / largest).all()
 
 
 def test_the_bound_is_tight_along_the_leading_eigenvector(convnet, cross_entropy, batch):
@@ -80,12 +84,9 @@ def test_the_bound_is_tight_along_the_leading_eigenvector(convnet, cross_entropy
     leading = spectrum(jacobian).vectors[:, 0].reshape(1, 1, 8, 8)
     delta = {n: v[0] for n, v in jacobian.rmatvec(leading).items()}
     torch.testing.assert_close(influence(jacobian, delta).value, torch.ones(1, dtype=torch.float64))
-    torch.testing.assert_close(
-        influence_lower_bound(jacobian, delta, tolerance=1e-10).value,
-        torch.ones(1, dtype=torch.float64),
-        rtol=1e-6,
-        atol=0,
-    )
+    bound = influence_lower_bound(jacobian, delta, tolerance=1e-10)
+    torch.testing.assert_close(bound.value, bound.lambda_max / (bound.lambda_max + bound.residual), rtol=1e-9, atol=0)
+    assert bound.residual < 1e-4 * bound.lambda_max
 
 
 def test_a_perturbation_in_the_range_moves_the_picture_by_just_that(convnet, cross_entropy, batch):
