@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from difflib import get_close_matches
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,11 @@ class LossGradient:
     `train_mode`: what to do with a module that is in training mode and there mixes examples (BatchNorm) or draws
         random numbers (Dropout): "error" refuses it by name, "eval" evaluates such modules, and only those, in
         eval mode while gradguard computes, and puts them back. The gradient is then that of the eval-mode model.
+    `input_module`: for models of tokens, the name of the module that looks them up (`"transformer.wte"`), called once
+        per forward pass. `inputs` are then that module's *outputs*, floating-point embeddings `(B, T, E)` of `T`
+        tokens: the model is called with placeholder tokens, and what the module would have computed is replaced. Its
+        own parameters get no gradient from the lookup, which is bypassed; where a head shares its table (tied weights),
+        the head's share remains. `embed(tokens)` gives the embeddings of real tokens.
 
     Calling it gives the gradient as a dictionary keyed like `named_parameters()`.
     """
@@ -46,6 +52,7 @@ class LossGradient:
         *,
         dtype: torch.dtype | None = None,
         train_mode: TrainMode = "error",
+        input_module: str | None = None,
     ) -> None:
         if train_mode not in ("error", "eval"):
             raise InputError(f'`train_mode` must be "error" or "eval", got {train_mode!r}.')
@@ -55,6 +62,9 @@ class LossGradient:
         self.loss_fn = loss_fn
         self.dtype = dtype
         self.train_mode: TrainMode = train_mode
+        self.input_module = input_module
+        if input_module is not None:
+            _check_module_name(model, input_module)
         if not any(p.requires_grad for p in model.parameters()):
             raise InputError(
                 "The model has no trainable parameter, so there is no gradient to measure. "
@@ -62,13 +72,16 @@ class LossGradient:
             )
 
     def __repr__(self) -> str:
-        return f"LossGradient({type(self.model).__name__}, {self.loss_fn}, dtype={self.dtype})"
+        at = "" if self.input_module is None else f", input_module={self.input_module!r}"
+        return f"LossGradient({type(self.model).__name__}, {self.loss_fn}, dtype={self.dtype}{at})"
 
     # ------------------------------------------------------------------ the pure function
 
     def with_dtype(self, dtype: torch.dtype) -> LossGradient:
         """The same function computed in `dtype`."""
-        return LossGradient(self.model, self.loss_fn, dtype=dtype, train_mode=self.train_mode)
+        return LossGradient(
+            self.model, self.loss_fn, dtype=dtype, train_mode=self.train_mode, input_module=self.input_module
+        )
 
     def parameters(self) -> Gradient:
         """The trainable parameters now, detached, in the computing dtype, keyed as `named_parameters()`."""
@@ -86,8 +99,8 @@ class LossGradient:
 
     def outputs(self, parameters: Gradient, inputs: Tensor) -> Tensor:
         """The model's outputs on a batch `(B, *input_shape)` as a function of `parameters`."""
-        with self._evaluation():
-            return functional_call(self.model, (parameters, self.constants()), (inputs,))
+        with self._evaluation(), self._lookup_replaced(inputs) as model_inputs:
+            return functional_call(self.model, (parameters, self.constants()), (model_inputs,))
 
     def loss(self, parameters: Gradient, inputs: Tensor, targets: Tensor) -> Tensor:
         """The scalar loss of a batch as a pure function: what every derivative here is taken of."""
@@ -98,6 +111,46 @@ class LossGradient:
         if not tensor.is_floating_point():
             return tensor
         return tensor.to(self.computing_dtype)
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The outputs of `input_module` for `tokens`, integers `(B, T)`: `(B, T, E)` in the computing dtype, detached.
+
+        Costs two forward passes: the second, from the embeddings and placeholder tokens, must give the same outputs.
+        Raises `InputError` for what are no tokens, and `UnsupportedModelError` if the module is not called exactly
+        once, if its outputs have another shape, or if the model looks at the tokens in another place, too.
+        """
+        if self.input_module is None:
+            raise InputError('`embed` needs the name of the module that embeds: pass `input_module="..."`.')
+        if tokens.is_floating_point() or tokens.ndim != 2 or tokens.numel() == 0:
+            raise InputError(f"`tokens` must be integers (B, T), got {tokens.dtype} of shape {tuple(tokens.shape)}.")
+        self.check_model()
+        found: list[Any] = []
+        parameters, module = self.parameters(), self.model.get_submodule(self.input_module)
+
+        def recording(*arguments: Any, **options: Any) -> Any:
+            found.append(original(*arguments, **options))
+            return found[-1]
+
+        original = module.forward
+        with self._evaluation(), _forward_replaced(module, recording):
+            expected = functional_call(self.model, (parameters, self.constants()), (tokens,))
+        self._check_calls(len(found))
+        embeddings = found[0]
+        if not isinstance(embeddings, Tensor) or embeddings.ndim != 3 or embeddings.shape[:2] != tokens.shape:
+            got = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
+            raise UnsupportedModelError(
+                f"Module {self.input_module!r} turns tokens of shape {tuple(tokens.shape)} into {got}; it must be "
+                "(B, T, E), one embedding per token. Name the module that looks the tokens up."
+            )
+        again = self.outputs(parameters, embeddings)
+        if not torch.allclose(again, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} looks at its tokens beside {self.input_module!r} (a mask of padding, a "
+                "second table): from the embeddings and placeholder tokens it gives other outputs. Wrap it so that "
+                "whatever else it derives from the tokens is fixed."
+            )
+        return embeddings.detach().clone()
 
     @property
     def computing_dtype(self) -> torch.dtype:
@@ -153,6 +206,8 @@ class LossGradient:
     def check_batch(self, inputs: Tensor, targets: Tensor) -> None:
         """Raises a clear error for a batch that no gradient can be taken of. Costs one forward pass."""
         self.check_model()
+        if self.input_module is not None:
+            self._check_embeddings(inputs)
         check_batch_shape(inputs, targets)
         parameter = self._example_parameter()
         for name, tensor in (("inputs", inputs), ("targets", targets)):
@@ -169,7 +224,7 @@ class LossGradient:
                 outputs = self.outputs(parameters, self.cast(inputs))
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:
+            except (RuntimeError, IndexError) as error:
                 raise InputError(
                     f"Inputs of shape {tuple(inputs.shape)} do not go through {type(self.model).__name__}: {error}"
                 ) from error
@@ -198,6 +253,45 @@ class LossGradient:
     def _example_parameter(self) -> Tensor:
         return next(p for p in self.model.parameters() if p.requires_grad)
 
+    def _check_embeddings(self, inputs: Tensor) -> None:
+        """Raises `InputError` for tokens, and for what no lookup could have given."""
+        if not isinstance(inputs, Tensor):
+            return  # refused with all other inputs
+        where = f"the embeddings that {self.input_module!r} gives, floating point (B, T, E)"
+        if not inputs.is_floating_point():
+            raise InputError(f"`inputs` must be {where}, got {inputs.dtype}. For tokens pass `gradient.embed(tokens)`.")
+        if inputs.ndim != 3:
+            raise InputError(f"`inputs` must be {where}, got shape {tuple(inputs.shape)}.")
+        module = self.model.get_submodule(self.input_module or "")
+        if isinstance(module, nn.Embedding) and inputs.shape[2] != module.embedding_dim:
+            raise InputError(f"`inputs` must be {where} with E = {module.embedding_dim}, got E = {inputs.shape[2]}.")
+
+    def _check_calls(self, calls: int) -> None:
+        """Raises `UnsupportedModelError` unless the input module was called once."""
+        if calls != 1:
+            times = "never" if calls == 0 else f"{calls} times"
+            raise UnsupportedModelError(
+                f"Module {self.input_module!r} is called {times} in a forward pass of {type(self.model).__name__}; "
+                "`input_module` must be the one that embeds the tokens, called as a module and once."
+            )
+
+    @contextmanager
+    def _lookup_replaced(self, inputs: Tensor) -> Iterator[Tensor]:
+        """What to call the model with: `inputs`, or placeholder tokens while the input module answers with `inputs`."""
+        if self.input_module is None:
+            yield inputs
+            return
+        calls = 0
+
+        def given(*arguments: Any, **options: Any) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return inputs
+
+        with _forward_replaced(self.model.get_submodule(self.input_module), given):
+            yield torch.zeros(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
+        self._check_calls(calls)
+
     def _train_mode_offenders(self) -> list[tuple[str, nn.Module, str]]:
         found = []
         for name, module in self.model.named_modules():
@@ -217,6 +311,33 @@ class LossGradient:
         finally:
             for module in modules:
                 module.training = True
+
+
+def _check_module_name(model: nn.Module, name: str) -> None:
+    """Raises `InputError`, with the names that come close, if `model` has no sub-module `name`."""
+    names = [n for n, _ in model.named_modules() if n]
+    if name not in names:
+        near = get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
+        near += [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n not in near]
+        raise InputError(f"{type(model).__name__} has no module {name!r}; there are {near}, for instance.")
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`module` computes `forward` for a while; hooks on it still run, and what stood in the way before comes back.
+
+    On the instance, as `gradguard.linearisation` does it: within the linearisation's own replacement this one is the
+    inner one, so a lookup that is bypassed is never recorded.
+    """
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def _train_mode_effect(module: nn.Module) -> str | None:
@@ -250,15 +371,25 @@ def check_batch_shape(inputs: Tensor, targets: Tensor) -> None:
     if not inputs.is_floating_point():
         raise InputError(
             f"`inputs` must be floating point to have a derivative, got {inputs.dtype}. Scale images to [0, 1] "
-            "(`images.float() / 255`); for tokens, measure in the embedding space."
+            "(`images.float() / 255`); for tokens, measure in the space of their embeddings: "
+            '`LossGradient(..., input_module="...")`, and pass it `gradient.embed(tokens)`.'
         )
 
 
 def check_labels(outputs: Tensor, targets: Tensor, loss_fn: LossFunction) -> None:
-    """Raises `InputError` if class indices lie outside `0 .. C-1` (the loss's `ignore_index` excepted)."""
+    """Raises `InputError` if class indices lie outside `0 .. C-1` (the loss's `ignore_index` excepted).
+
+    Scores are `(B, C, *positions)`, as `cross_entropy` takes them, or `(B, *positions, C)`, as language models give
+    them, with targets `(B, *positions)`. Targets of another shape mean something that only the loss knows.
+    """
     if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8) or outputs.ndim < 2:
         return
-    classes = outputs.shape[1]
+    if targets.shape == (*outputs.shape[:1], *outputs.shape[2:]):
+        classes = outputs.shape[1]
+    elif targets.shape == outputs.shape[:-1]:
+        classes = outputs.shape[-1]
+    else:
+        return
     valid = (targets >= 0) & (targets < classes)
     valid |= targets == getattr(loss_fn, "ignore_index", -100)
     if not valid.all():

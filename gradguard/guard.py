@@ -19,7 +19,6 @@ from gradguard.errors import InputError
 from gradguard.gradients import Gradient, LossFunction, LossGradient, TrainMode, add, flatten, norm
 from gradguard.jacobian import InputJacobian
 from gradguard.leakage import influence, influence_lower_bound, spectrum
-from gradguard.leakage.influence import fits_dense
 from gradguard.policy import Policy, ThreatModel
 from gradguard.report import LabelScore, LeakageReport, Verdict
 from gradguard.report.leakage_report import Case, Decision
@@ -34,7 +33,8 @@ class Measures:
     """The closed-form part of a measurement, per example (shape `(B,)`).
 
     `predicted_error`: I2F of the difference between the gradient that is sent and the true one, in input units;
-    `converged`: of its solver; `lower_bound`; `lambda_max`: of `J J^T`; `noise_ratio`: `|sent - true| / |true|`.
+    `converged`: of its solver; `lower_bound`; `lambda_max`: of `J J^T`; `noise_ratio`: `|sent - true| / |true|`;
+    `vectors`: `(B, D)`, the leading eigenvectors, to start the next measurement from.
     """
 
     predicted_error: Tensor
@@ -42,6 +42,7 @@ class Measures:
     lower_bound: Tensor
     lambda_max: Tensor
     noise_ratio: float
+    vectors: Tensor
 
 
 class Guard:
@@ -233,26 +234,28 @@ class Guard:
         sent: Gradient,
         *,
         exact: bool = True,
+        tolerance: float = 0.1,
+        confidence: float | None = 0.999,
+        start: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Measures:
         """The closed-form measures of sending `sent` where `true` is the batch's gradient.
 
         `exact`: solve for the influence itself, in float64 where the Jacobian is small enough to be formed; `False`
-        leaves it at the lower bound (a training loop's step).
+        leaves it at the lower bound (a training loop's step). `tolerance`, `confidence`, `start`: of the bound, see
+        `influence_lower_bound`; `start` takes the `vectors` of an earlier measurement.
         """
         delta = add({n: sent[n].to(g) for n, g in true.items()}, true, -1.0)
-        bound = influence_lower_bound(jacobian, delta, generator=generator)
+        bound = influence_lower_bound(
+            jacobian, delta, tolerance=tolerance, confidence=confidence, start=start, generator=generator
+        )
         predicted, converged = bound.value, bound.converged
         if exact:
-            # Small eigenvalues of J J^T are lost in float32; where float64 is cheap it is taken.
-            precise = (
-                jacobian.in_dtype(torch.float64)
-                if fits_dense(jacobian) and jacobian.inputs.device.type != "mps"
-                else jacobian
-            )
-            answer = influence(precise, delta, max_iterations=min(jacobian.size, self.max_iterations))
+            answer = influence(jacobian, delta, max_iterations=min(jacobian.size, self.max_iterations))
             predicted, converged = answer.value, answer.converged
-        return Measures(predicted, converged, bound.value, bound.lambda_max, _noise_ratio(true, sent))
+        return Measures(
+            predicted, converged, bound.value, bound.lambda_max, _noise_ratio(true, sent), bound.vectors
+        )
 
     def judge_report(self, report: LeakageReport, *, defended: bool) -> Verdict:
         """The policy's verdict on what an audit found: of the gradient as sent (`defended`), or of the bare one."""

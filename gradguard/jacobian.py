@@ -305,7 +305,9 @@ def _rows(delta: Gradient, part: slice) -> Gradient:
 
 def _is_mean(gradient: LossGradient, inputs: Tensor, targets: Tensor, chunk_size: int | None) -> bool:
     """Whether the batch's loss is the mean of its examples' (else their sum); anything else is refused."""
-    parameters = gradient.parameters()
+    if gradient.computing_dtype.itemsize < 4:
+        gradient = gradient.with_dtype(torch.float32)  # rounding would pass for a difference
+    parameters, inputs, targets = gradient.parameters(), gradient.cast(inputs), gradient.cast(targets)
 
     def one(x: Tensor, y: Tensor) -> Tensor:
         return gradient.loss(parameters, x[None], y[None])

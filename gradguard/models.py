@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradguard.errors import InputError
 
@@ -171,6 +171,103 @@ def resnet(
             channels = inside * expansion
         stages.append(nn.Sequential(*parts))
     return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+
+class CausalSelfAttention(nn.Module):
+    """Attention to the tokens so far, with an explicit softmax: it can be differentiated as often as one likes."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.c_attn = nn.Linear(width, 3 * width)
+        self.c_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, T, E)` to the same."""
+        length = x.shape[1]
+        # (B, heads, T, E / heads), each
+        query, key, value = self.c_attn(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = query @ key.mT / math.sqrt(query.shape[-1])
+        later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        attended = scores.masked_fill(later, -math.inf).softmax(-1) @ value
+        return self.c_proj(attended.transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`: GPT-2's pre-norm block (Radford et al. 2019)."""
+
+    def __init__(self, width: int, heads: int, activation: str) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = CausalSelfAttention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), activation_module(activation), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, T, E)` to the same."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer with GPT-2's module names; see `gpt`."""
+
+    def __init__(self, vocabulary: int, width: int, heads: int, layers: int, context: int, activation: str) -> None:
+        super().__init__()
+        self.context = context
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(vocabulary, width),
+                "wpe": nn.Embedding(context, width),
+                "h": nn.ModuleList(TransformerBlock(width, heads, activation) for _ in range(layers)),
+                "ln_f": nn.LayerNorm(width),
+            }
+        )
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens `(B, T)` to scores of the token that follows each, `(B, T, V)`."""
+        length = tokens.shape[1]
+        if length > self.context:
+            raise InputError(f"The model takes at most {self.context} tokens (`context`), got {length}.")
+        positions = torch.arange(length, device=tokens.device)
+        x = self.transformer["wte"](tokens) + self.transformer["wpe"](positions)
+        for block in self.transformer["h"]:  # type: ignore[attr-defined]
+            x = block(x)
+        return self.lm_head(self.transformer["ln_f"](x))
+
+
+def gpt(
+    vocabulary: int,
+    *,
+    width: int = 16,
+    heads: int = 2,
+    layers: int = 2,
+    context: int = 16,
+    activation: str = "gelu",
+    tied: bool = False,
+) -> GPT:
+    """A small GPT (Radford et al. 2019) without dropout: tokens `(B, T)` to logits `(B, T, vocabulary)`.
+
+    `width`: `E`, a multiple of `heads`. `context`: the most tokens. `tied`: the head's weight is the table of
+    embeddings. Modules are named as GPT-2's: `transformer.wte` looks tokens up, `transformer.wpe` positions;
+    `transformer.h.0.attn.c_attn` and so on; `lm_head`. Weights as PyTorch draws them, embeddings of positions a tenth
+    of tokens'.
+    """
+    if vocabulary < 1 or width < 1 or heads < 1 or width % heads:
+        raise InputError(
+            f"`vocabulary` must be positive and `width` a multiple of `heads`, got {vocabulary}, {width} and {heads}."
+        )
+    if layers < 1 or context < 1:
+        raise InputError(f"`layers` and `context` must be at least 1, got {layers} and {context}.")
+    model = GPT(vocabulary, width, heads, layers, context, activation)
+    with torch.no_grad():
+        model.transformer["wpe"].weight.mul_(0.1)  # type: ignore[operator]
+    if tied:
+        model.lm_head.weight = model.transformer["wte"].weight  # type: ignore[assignment]
+    return model
 
 
 #: What `gradguard rank --model NAME` knows by name, each with its input shape.

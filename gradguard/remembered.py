@@ -19,9 +19,10 @@ def remembered(gradient: LossGradient, question: Hashable, find: Callable[[], An
     """`find()`, or what it said last time about the same question, loss and model.
 
     The same model: the same modules in the same modes, with the same parameter objects trained. Parameter values may
-    have changed, so the answer must not depend on them.
+    have changed, and so may the
+    computing dtype, so the answer must not depend on them.
     """
-    signature = (gradient.loss_fn, repr(gradient), *_structure(gradient.model))
+    signature = (gradient.loss_fn, gradient.train_mode, gradient.input_module, *_structure(gradient.model))
     answers = _known.setdefault(gradient.model, {})
     if question not in answers or answers[question][0] != signature:
         answers[question] = (signature, find())

@@ -40,7 +40,7 @@ YARDSTICK = GaussianNoise(noise_ratio=0.5)
 #: Examples at a time where they are few parameters' worth, and the elements of one chunk's gradients at most.
 BATCH_SIZE, CHUNK_ELEMENTS = 64, 2**25
 #: A bound counts as converged when an eigenvalue is known to lie this close to the Ritz value, relative.
-TOLERANCE = 1e-2
+TOLERANCE = 0.1
 #: Seconds between two writes of a checkpoint; a write that takes long is made rarer.
 SAVE_EVERY = 2.0
 
@@ -180,7 +180,7 @@ class _Measurement:
         jacobian = InputJacobian.of_trials(function, inputs[:, None], targets[:, None])
         # A tolerance of zero: all the steps, whatever the neighbours in the chunk need.
         bound = influence_lower_bound(
-            jacobian, delta, tolerance=0.0, max_iterations=min(self.lanczos_steps, jacobian.size), start=start
+            jacobian, delta, tolerance=0.0, max_iterations=min(self.lanczos_steps, jacobian.size), random=start
         )
         hidden = bound.lambda_max <= 0
         columns = {

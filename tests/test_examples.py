@@ -17,6 +17,7 @@ SAYS = {
     "fairness": ["is the most exposed", "over single examples the factor is"],
     "floors": ["any attacker", "eigenvalues are below"],
     "lightning_digits": ["lower bound", "Label recovery"],
+    "text": ["names its characters", "what the attacker reads"],
 }
 
 

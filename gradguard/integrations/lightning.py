@@ -34,7 +34,9 @@ class GradGuard(Callback):
     `guard`: what to do. `loss_fn`: `(outputs, targets) -> scalar`; default: the module's `loss_fn` or `criterion`.
     `model`: the attribute of the module that maps inputs to outputs; default: the module itself, by its `forward`.
     `unpack`: `batch -> (inputs, targets)`; default: the batch is such a pair.
-    `exact`: measure I2F itself and not only its lower bound.
+    `exact`: measure I2F itself and not only its lower bound. `tolerance`, `confidence`: of the lower bound, see
+    `gradguard.leakage.influence_lower_bound`; for a bound at every step, `confidence=None` and a tolerance of 0.3 take
+    a few products each, started from the step before.
     `log_pictures`: send the reconstructions to loggers that take pictures. They are private data: off by default.
     `seed`: of the noise and of the attacks' starts.
 
@@ -58,6 +60,8 @@ class GradGuard(Callback):
         verify_every_n_steps: int | None = None,
         max_examples: int = 4,
         exact: bool = False,
+        tolerance: float = 0.1,
+        confidence: float | None = 0.999,
         log_pictures: bool = False,
         seed: int = 0,
     ) -> None:
@@ -78,6 +82,8 @@ class GradGuard(Callback):
         self.verify_every_n_steps = verify_every_n_steps
         self.max_examples = max_examples
         self.exact = exact
+        self.tolerance = tolerance
+        self.confidence = confidence
         self.log_pictures = log_pictures
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = 0
@@ -85,6 +91,8 @@ class GradGuard(Callback):
         self._batches: list[tuple[Tensor, Tensor]] = []
         self._stepped = False
         self._checked = False
+        self._compared = 0
+        self._vectors: Tensor | None = None
 
     # ------------------------------------------------------------------ Lightning's moments
 
@@ -195,10 +203,24 @@ class GradGuard(Callback):
         sent: Gradient,
     ) -> None:
         """Log the closed-form measures of the step's gradient."""
-        self._warn_of_another_gradient(function(inputs, targets), gradient)
+        if self._compared < 3:
+            # A whole gradient more: what a `training_step` adds to the loss shows in the first measurements.
+            self._warn_of_another_gradient(function(inputs, targets), gradient)
+            self._compared += 1
         examples = range(min(self.max_examples, len(inputs)))
         jacobian = InputJacobian(function, inputs, targets, examples=examples, validate=False)
-        found = self.guard.measure(jacobian, gradient, sent, exact=self.exact, generator=self.generator)
+        fits = self._vectors is not None and self._vectors.shape == (len(examples), jacobian.size)
+        found = self.guard.measure(
+            jacobian,
+            gradient,
+            sent,
+            exact=self.exact,
+            tolerance=self.tolerance,
+            confidence=self.confidence,
+            start=self._vectors if fits else None,
+            generator=self.generator,
+        )
+        self._vectors = found.vectors
         values = {
             "noise_ratio": found.noise_ratio,
             "influence_lower_bound": found.lower_bound.min(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from itertools import repeat
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -51,9 +52,9 @@ class Influence:
 class InfluenceBound:
     """`R` lower bounds.
 
-    `value`: `(R,)`, `|J delta| / (lambda_max + residual)`, at most `I(delta)` where Lanczos has found the largest
-    eigenvalue; `lambda_max`: `(R,)`, the Ritz value, which is at most the true one; `residual`: `(R,)`, an eigenvalue
-    lies within it of the Ritz value (with `method="trace"`: `lambda_max` is a bound from above and `residual` 0);
+    `value`: `(R,)`, `|J delta| / (lambda_max + residual)`, at most `I(delta)`; `lambda_max`: `(R,)`, the Ritz value,
+    which is at most the true one; `residual`: `(R,)`, by how much the true one can exceed it, to the confidence asked
+    for (with `method="trace"` `lambda_max` is such a bound from above itself, and `residual` 0);
     `iterations`; `converged`: `(R,)`; `vectors`: `(R, n)`, to start the next call from; `projected`: `(R,)`,
     `|J delta|`.
     """
@@ -130,24 +131,30 @@ def influence_lower_bound(
     jacobian: InputJacobian,
     delta: Mapping[str, Tensor],
     *,
-    tolerance: float = 1e-3,
+    tolerance: float = 0.1,
     max_iterations: int | None = None,
     start: Tensor | None = None,
+    random: Tensor | None = None,
+    confidence: float | None = 0.999,
     method: Literal["lanczos", "trace"] = "lanczos",
     generator: torch.Generator | None = None,
 ) -> InfluenceBound:
     """`I_lb(delta) = |J delta| / lambda_max(J J^T)` (Zhang et al. 2023, Eq. 5), for each problem of `jacobian`.
 
-    `method`: "lanczos" finds `lambda_max` in input space to a relative accuracy of `tolerance`; since a Ritz value lies
-    below it, the bound divides by `ritz + residual`. "trace" divides by a number that `lambda_max` is below with
-    probability 0.999 whatever the spectrum, from random vectors alone (`linalg.largest_eigenvalue_bound` with 8 of
-    them): a sure bound in eight products, several times lower. `start`: `(R, n)`, the `vectors` of an earlier bound (a
+    `method`: "lanczos" finds `lambda_max` in input space. A Ritz value lies below it, and its residual only says that
+    some eigenvalue is near; so the bound divides by what `lambda_max` is below with probability `confidence`
+    (`linalg.largest_eigenvalue`), and steps until that is within a share `tolerance` of the Ritz value. With
+    `confidence=None` it is `ritz + residual`: fewer steps, nearly none from a good `start`, and no such promise.
+    "trace" divides by a bound from 8 random vectors alone (`linalg.largest_eigenvalue_bound`), sure to 0.999 and lower.
+    `start`: `(R, n)`, the `vectors` of an earlier bound (a
     training loop's last step) save iterations. `delta`: as in `influence`.
     """
     if method not in ("lanczos", "trace"):
         raise InputError(f'`method` must be "lanczos" or "trace", got {method!r}.')
     delta = _checked_delta(jacobian, delta)
-    starts = None if start is None else iter(start.split(jacobian.chunk_size or jacobian.num_problems))
+    chunk = jacobian.chunk_size or jacobian.num_problems
+    starts = repeat(None) if start is None else iter(start.split(chunk))
+    randoms = repeat(None) if random is None else iter(random.split(chunk))
 
     def bound(part: InputJacobian, delta: Gradient) -> InfluenceBound:
         projected = torch.linalg.vector_norm(part.matvec(delta).reshape(part.num_problems, part.size), dim=-1)
@@ -161,12 +168,14 @@ def influence_lower_bound(
         top = largest_eigenvalue(
             operator,
             tolerance=tolerance,
+            confidence=confidence,
             max_iterations=max_iterations,
-            start=None if starts is None else next(starts),
+            start=next(starts),
+            random=next(randoms),
             generator=generator,
         )
-        value = projected / (top.value + top.residual).clamp_min(tiny)
-        return InfluenceBound(value, top.value, top.residual, top.iterations, top.converged, top.vector, projected)
+        value, room = projected / top.upper.clamp_min(tiny), top.upper - top.value
+        return InfluenceBound(value, top.value, room, top.iterations, top.converged, top.vector, projected)
 
     return _by_chunk(bound, jacobian, delta)
 
