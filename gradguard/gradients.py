@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from gradguard.errors import InputError, UnsupportedModelError
+from gradguard.precision import full_precision
 
 Gradient = dict[str, Tensor]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -97,11 +98,13 @@ class LossGradient:
         frozen = {n: self._cast(p.detach()) for n, p in self.model.named_parameters() if not p.requires_grad}
         return frozen | {n: self._cast(b.detach()) for n, b in self.model.named_buffers()}
 
+    @full_precision()
     def outputs(self, parameters: Gradient, inputs: Tensor) -> Tensor:
         """The model's outputs on a batch `(B, *input_shape)` as a function of `parameters`."""
         with self._evaluation(), self._lookup_replaced(inputs) as model_inputs:
             return functional_call(self.model, (parameters, self.constants()), (model_inputs,))
 
+    @full_precision()
     def loss(self, parameters: Gradient, inputs: Tensor, targets: Tensor) -> Tensor:
         """The scalar loss of a batch as a pure function: what every derivative here is taken of."""
         return self.loss_fn(self.outputs(parameters, inputs), targets)
@@ -164,6 +167,7 @@ class LossGradient:
 
     # ------------------------------------------------------------------ gradients
 
+    @full_precision()
     def __call__(self, inputs: Tensor, targets: Tensor) -> Gradient:
         """The gradient of the batch's loss.
 
@@ -175,6 +179,7 @@ class LossGradient:
         self.check_batch(inputs, targets)
         return grad(self.loss)(self.parameters(), self.cast(inputs), self.cast(targets))
 
+    @full_precision()
     def per_example(self, inputs: Tensor, targets: Tensor, *, chunk_size: int | None = None) -> Gradient:
         """The gradient of each example's own loss: shape `(B, *parameter_shape)` per parameter.
 

@@ -253,9 +253,7 @@ class Guard:
         if exact:
             answer = influence(jacobian, delta, max_iterations=min(jacobian.size, self.max_iterations))
             predicted, converged = answer.value, answer.converged
-        return Measures(
-            predicted, converged, bound.value, bound.lambda_max, _noise_ratio(true, sent), bound.vectors
-        )
+        return Measures(predicted, converged, bound.value, bound.lambda_max, _noise_ratio(true, sent), bound.vectors)
 
     def judge_report(self, report: LeakageReport, *, defended: bool) -> Verdict:
         """The policy's verdict on what an audit found: of the gradient as sent (`defended`), or of the bare one."""

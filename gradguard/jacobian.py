@@ -20,6 +20,7 @@ from gradguard.errors import InputError
 from gradguard.gradients import Gradient, LossGradient, flatten, unflatten
 from gradguard.linalg import LinearOperator
 from gradguard.linearisation import Linearisation, is_bilinear
+from gradguard.precision import full_precision
 from gradguard.remembered import remembered
 
 
@@ -146,6 +147,7 @@ class InputJacobian:
         """
         return is_bilinear(self.gradient, self._inputs.flatten(0, 1)[:2], self._targets.flatten(0, 1)[:2])
 
+    @full_precision()
     def rmatvec(self, u: Tensor) -> Gradient:
         """`J^T u`: the change of the gradient when the inputs move by `u`.
 
@@ -160,6 +162,7 @@ class InputJacobian:
             result = self._map(self._rmatvec_one)(self._inputs, self._targets, u)
         return result if self.per_example else {n: v[0] for n, v in result.items()}
 
+    @full_precision()
     def matvec(self, delta: Mapping[str, Tensor]) -> Tensor:
         """`J delta`: shape of `inputs`.
 
@@ -183,6 +186,7 @@ class InputJacobian:
         product = vmap(self._matvec_one, in_dims=(0, 0, None if shared else 0), chunk_size=self.chunk_size)
         return product(self._inputs, self._targets, delta).reshape(self.inputs.shape)
 
+    @full_precision()
     def gram(self, u: Tensor) -> Tensor:
         """`J J^T u`: shape of `inputs`. Never holds more than `chunk_size` parameter-sized vectors."""
         u = self._grouped(u)
@@ -194,6 +198,7 @@ class InputJacobian:
 
         return self._map(one)(self._inputs, self._targets, u).reshape(self.inputs.shape)
 
+    @full_precision()
     def dense(self, *, chunk_size: int | None = 64) -> Tensor:
         """`J` as a matrix: shape `(R, size, P)`. For small inputs: it takes `R * size * P` elements.
 
