@@ -13,7 +13,6 @@ import argparse
 import logging
 import math
 import multiprocessing
-import resource
 import statistics
 import time
 import warnings
@@ -264,7 +263,7 @@ def _peak_memory(options: argparse.Namespace, kind: str, count: int, chunk: int 
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
     else:
-        before = _resident()
+        before = _resident("VmRSS")
     if kind == "step":
         # Momentum is what an optimiser keeps; the model's gradient is the step's.
         optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -286,13 +285,13 @@ def _peak_memory(options: argparse.Namespace, kind: str, count: int, chunk: int 
         lower_bound(PlainJacobian(model, LOSS, x, y), flatten(noise(model, options)), tolerance=1e-3, seed=0)
     if cuda:
         return torch.cuda.max_memory_allocated() / 2**20 - before
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return _resident("VmHWM") - before
 
 
-def _resident() -> float:
-    """MiB in use now."""
-    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-    return int(pages) * resource.getpagesize() / 2**20
+def _resident(which: str) -> float:
+    """MiB in use now (`VmRSS`) or at the peak (`VmHWM`; `ru_maxrss` would begin with the parent process's)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return float(status.split(f"{which}:")[1].split()[0]) / 1024
 
 
 def callback_part(options: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
@@ -304,8 +303,7 @@ def callback_part(options: argparse.Namespace) -> tuple[dict[str, Any], list[Bar
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     x, y = colour_pictures(options, 256)
     data = torch.utils.data.TensorDataset(x.cpu(), y.cpu())
-    # The paper's model where there is a GPU; on a CPU with --quick one of a quarter of its width.
-    width = 32 if options.quick and options.device.type == "cpu" else 64
+    width = 64
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
@@ -353,7 +351,7 @@ def callback_part(options: argparse.Namespace) -> tuple[dict[str, Any], list[Bar
         trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=64, shuffle=True))
         return clock.times[skip:]
 
-    steps = 10 if options.device.type == "cpu" else 100
+    steps = (6 if options.quick else 10) if options.device.type == "cpu" else 100
     guard = {"defense": GaussianNoise(noise_ratio=0.3), "train_mode": "eval"}
     # At the defaults 49 steps of 50 are not measured: the mean over 50 is put together from both kinds.
     settings: dict[str, dict[str, Any]] = {
