@@ -119,11 +119,7 @@ class InputJacobian:
             return
         for start in range(0, self.num_problems, self.chunk_size):
             rows = slice(start, start + self.chunk_size)
-            part = self._copy()
-            for name in ("inputs", "targets", "_inputs", "_targets"):
-                setattr(part, name, getattr(self, name)[rows])
-            part.example_weight, part.is_bilinear = self.example_weight, self.is_bilinear
-            yield rows, part
+            yield rows, self._of(rows)
 
     def in_dtype(self, dtype: torch.dtype) -> InputJacobian:
         """The same operator computed in `dtype`, from parameters and inputs as they are."""
@@ -223,7 +219,11 @@ class InputJacobian:
         def product(u: Tensor) -> Tensor:
             return self.gram(u.reshape(self.inputs.shape)).reshape(u.shape)
 
-        return LinearOperator(product, product, (self.num_problems, self.size, self.size), self.inputs)
+        def restrict(rows: Tensor) -> LinearOperator:
+            return self._of(rows).gram_operator()
+
+        shape = (self.num_problems, self.size, self.size)
+        return LinearOperator(product, product, shape, self.inputs, restrict if self.per_example else None)
 
     def transpose_operator(self) -> LinearOperator:
         """`J^T` from vectors `(R, size)` to `(R, P)`, and back by `J`."""
@@ -241,6 +241,14 @@ class InputJacobian:
         )
 
     # ------------------------------------------------------------------ inside
+
+    def _of(self, rows: slice | Tensor) -> InputJacobian:
+        """The operators of some problems alone."""
+        part = self._copy()
+        for name in ("inputs", "targets", "_inputs", "_targets"):
+            setattr(part, name, getattr(self, name)[rows])
+        part.example_weight, part.is_bilinear = self.example_weight, self.is_bilinear
+        return part
 
     def _copy(self) -> InputJacobian:
         other = copy(self)

@@ -52,7 +52,7 @@ def krylov_space(
     operator: LinearOperator, steps: int, *, start: Tensor | None = None, generator: torch.Generator | None = None
 ) -> KrylovSpace:
     """`steps` Lanczos steps from `start` `(R, n)` (random by default)."""
-    return _Lanczos(operator, steps, start, generator).advance(steps).space()
+    return Lanczos(operator, steps, start, generator).advance(steps).space()
 
 
 def krylov_spaces(
@@ -65,7 +65,7 @@ def krylov_spaces(
     first: int = 1,
 ) -> Iterator[KrylovSpace]:
     """One Krylov space as it grows to `limit` steps, shown every `check_every` steps (first after `first` or more)."""
-    lanczos = _Lanczos(operator, limit, start, generator)
+    lanczos = Lanczos(operator, limit, start, generator)
     while lanczos.steps < limit:
         lanczos.advance(min(limit, max(lanczos.steps + check_every, first)) - lanczos.steps)
         yield lanczos.space()
@@ -144,22 +144,28 @@ def extreme_eigenpairs(
     return Eigenpairs(values, vectors, residual, steps, converged)
 
 
-class _Lanczos:
-    """The iteration: state that can be advanced a few steps at a time."""
+class Lanczos:
+    """The iteration: state that can be advanced a few steps at a time, for at most `limit` steps."""
 
     def __init__(
         self, operator: LinearOperator, limit: int, start: Tensor | None, generator: torch.Generator | None
     ) -> None:
         rows, _, n = operator.shape
         self.operator = operator
+        self.limit = limit
         self.steps = 0
-        self.basis = torch.zeros(rows, limit, n, dtype=operator.dtype, device=operator.device)
+        # Grows as it fills: most calls end long before their limit.
+        self.basis = torch.zeros(rows, min(limit, 16), n, dtype=operator.dtype, device=operator.device)
         self.diagonal = torch.zeros(rows, limit, dtype=operator.dtype, device=operator.device)
         self.off_diagonal = torch.zeros_like(self.diagonal)
         self.next = random_unit(operator, generator) if start is None else normalise(start.to(operator.like))[0]
 
-    def advance(self, count: int) -> _Lanczos:
+    def advance(self, count: int) -> Lanczos:
+        """`count` steps more."""
         for k in range(self.steps, self.steps + count):
+            if k == self.basis.shape[1]:
+                more = self.basis.new_zeros(len(self.basis), min(k, self.limit - k), self.basis.shape[2])
+                self.basis = torch.cat([self.basis, more], dim=1)
             q = self.next
             self.basis[:, k] = q
             w = self.operator.matvec(q)
@@ -174,6 +180,14 @@ class _Lanczos:
         self.steps += count
         return self
 
+    def keep(self, rows: Tensor) -> None:
+        """Go on with the problems `rows` (indices) alone; the operator must have `restrict`."""
+        assert self.operator.restrict is not None
+        self.operator = self.operator.restrict(rows)
+        self.basis, self.next = self.basis[rows], self.next[rows]
+        self.diagonal, self.off_diagonal = self.diagonal[rows], self.off_diagonal[rows]
+
     def space(self) -> KrylovSpace:
+        """What the steps so far leave."""
         k = self.steps
         return KrylovSpace(self.diagonal[:, :k], self.off_diagonal[:, :k], self.basis[:, :k])

@@ -8,14 +8,15 @@ that needs no iteration.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.stats import chi2
 from torch import Tensor
 
-from gradguard.linalg.lanczos import KrylovSpace, krylov_spaces
+from gradguard.linalg.lanczos import KrylovSpace, Lanczos
 from gradguard.linalg.operator import LinearOperator, normalise, random_unit
 
 #: The part of a warm start that is random. What is sure does not depend on it, nor does the room found.
@@ -66,30 +67,56 @@ def largest_eigenvalue(
     if start is not None:
         first, length = normalise(normalise(start.to(first))[0] / _RANDOM_PART + first)
     limit = min(n, max_iterations or 300)
-    for space in krylov_spaces(operator, limit, start=first, check_every=1):
+    lanczos, going = Lanczos(operator, limit, first, None), torch.arange(len(first))
+    room = np.ones(0) if confidence is None else n / chi2.ppf(1 - confidence, 1) * length.double().cpu().numpy() ** 2
+    found: list[tuple[Tensor, LargestEigenvalue]] = []
+    while len(going):
+        space = lanczos.advance(1).space()
         # Small numbers, read back once per step: on the device each of their operations would cost as much as all here.
         values, rotation = np.linalg.eigh(space.tridiagonal().double().cpu().numpy())
+        value = values[:, -1]
         if confidence is None:
-            upper = values[:, -1] + space.off_diagonal[:, -1].double().cpu().numpy() * np.abs(rotation[:, -1, -1])
+            upper = value + space.off_diagonal[:, -1].double().cpu().numpy() * np.abs(rotation[:, -1, -1])
         else:
-            room = n / chi2.ppf(1 - confidence, 1) * length.double().cpu().numpy() ** 2
-            upper = _upper(space, values[:, -1], room, tolerance)
-        converged = upper - values[:, -1] <= tolerance * np.abs(values[:, -1])
-        if converged.all():
-            break
+            upper = _upper(space, value, room[going.numpy()], tolerance)
+        converged = upper - value <= tolerance * np.abs(value)
+        ended = converged | (lanczos.steps == limit)
+        if ended.all() or (operator.restrict is not None and 2 * ended.sum() >= len(ended)):
+            some = _result(space, value, upper, rotation[:, :, -1], converged)
+            rows = torch.from_numpy(np.flatnonzero(ended))
+            found.append((going[rows], _rows(some, rows.to(operator.device))))
+            left = torch.from_numpy(np.flatnonzero(~ended))
+            going = going[left]
+            if len(left):
+                lanczos.keep(left.to(operator.device))
+    order = torch.cat([rows for rows, _ in found]).argsort().to(operator.device)
+    last = found[-1][1]
+    merged: dict[str, Any] = {
+        name: torch.cat([vars(part)[name] for _, part in found])[order]
+        for name, column in vars(last).items()
+        if isinstance(column, Tensor)
+    }
+    return replace(last, **merged)
 
-    def given(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(operator.device, operator.dtype)
 
-    leading = given(rotation[:, :, -1])
+def _result(
+    space: KrylovSpace, value: np.ndarray, upper: np.ndarray, leading: np.ndarray, converged: np.ndarray
+) -> LargestEigenvalue:
+    """`leading`: `(R, k)`, the leading eigenvectors of the tridiagonals."""
+    weights = torch.from_numpy(leading.copy()).to(space.basis)
     return LargestEigenvalue(
-        value=given(values[:, -1]),
-        upper=given(upper),
-        vector=torch.einsum("rj,rjn->rn", leading, space.basis),
-        residual=(space.off_diagonal[:, -1] * leading[:, -1]).abs(),
+        value=torch.from_numpy(value.copy()).to(space.basis),
+        upper=torch.from_numpy(upper).to(space.basis),
+        vector=torch.einsum("rj,rjn->rn", weights, space.basis),
+        residual=(space.off_diagonal[:, -1] * weights[:, -1]).abs(),
         iterations=space.diagonal.shape[-1],
-        converged=torch.from_numpy(converged).to(operator.device),
+        converged=torch.from_numpy(converged).to(space.basis.device),
     )
+
+
+def _rows(found: LargestEigenvalue, rows: Tensor) -> LargestEigenvalue:
+    chosen: dict[str, Any] = {n: p[rows] for n, p in vars(found).items() if isinstance(p, Tensor)}
+    return replace(found, **chosen)
 
 
 def _upper(space: KrylovSpace, value: np.ndarray, room: np.ndarray, tolerance: float) -> np.ndarray:

@@ -15,12 +15,15 @@ class LinearOperator:
 
     `matvec`: `(R, n) -> (R, m)`; `rmatvec`, its transpose: `(R, m) -> (R, n)`.
     `shape`: `(R, m, n)`. `like`: a tensor whose dtype and device the vectors share.
+    `restrict`: the operator of some of the problems alone (by their indices), where that is to be had: a solver can
+    then leave those that have ended behind.
     """
 
     matvec: Callable[[Tensor], Tensor]
     rmatvec: Callable[[Tensor], Tensor]
     shape: tuple[int, int, int]
     like: Tensor
+    restrict: Callable[[Tensor], LinearOperator] | None = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -81,6 +81,39 @@ def test_the_callers_random_part_makes_it_repeatable(operator):
     assert torch.equal(first.value, second.value)
 
 
+def test_problems_that_have_ended_are_left_behind(operator):
+    """With the same answers, and each product for those only that are still going."""
+    sizes = []
+
+    def restricted(matrix):
+        plain = LinearOperator.from_matrix(matrix)
+
+        def matvec(v):
+            sizes.append(len(v))
+            return plain.matvec(v)
+
+        return LinearOperator(matvec, matvec, plain.shape, plain.like, lambda rows: restricted(matrix[rows]))
+
+    matrix = torch.stack([symmetric(s) for s in SPECTRA.values()])
+    drawn = torch.randn(5, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for confidence in (0.999, None):
+        sizes.clear()
+        alone = [
+            largest_eigenvalue(LinearOperator.from_matrix(m[None]), random=d[None], confidence=confidence)
+            for m, d in zip(matrix, drawn, strict=True)
+        ]
+        found = largest_eigenvalue(restricted(matrix), random=drawn, confidence=confidence)
+        assert sizes[0] == 5
+        assert sizes[-1] < 5
+        assert found.converged.all()
+        together = largest_eigenvalue(operator, random=drawn, confidence=confidence)
+        assert (found.value <= together.value * (1 + 1e-9)).all()
+        for i, one in enumerate(alone):
+            # Problems end in groups: a few steps later than alone, at most.
+            assert found.value[i] >= one.value[0] * (1 - 1e-9)
+            assert found.upper[i] <= one.upper[0] * (1 + 1e-9)
+
+
 def test_running_out_is_reported(operator):
     found = largest_eigenvalue(operator, tolerance=1e-6, max_iterations=2)
     assert found.iterations == 2
