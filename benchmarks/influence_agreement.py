@@ -136,18 +136,20 @@ def main() -> None:
                 counted, past = triples(options, case, data[case.data], index)
                 rows += counted
                 beyond += past
-    summary = agreement(rows)
+    summary, everything = agreement(rows), agreement(rows + beyond)
     bars = [
         Bar("triples in range", summary["triples"], 40, "at least"),
         Bar("rank correlation of predicted and observed", summary["rank correlation"], 0.98, "at least"),
         Bar("median observed / predicted", summary["median ratio"], (0.95, 1.05), "within"),
         Bar("largest bound / observed", summary["largest bound / observed"], 1.0, "at most"),
+        # With the rows beyond the kinks of piecewise linear networks, which the rule counts too.
+        Bar("rank correlation, beyond the kinks too", everything["rank correlation"], 0.98, "at least"),
+        Bar("largest bound / observed, beyond the kinks too", everything["largest bound / observed"], 1.0, "at most"),
     ]
     tables = [
         rows_table("Predicted and observed", [compact(row) for row in rows]),
         rows_table("Piecewise linear networks beyond their kinks", [compact(row) for row in beyond]),
     ]
-    everything = agreement(rows + beyond)
     tables.append(
         rows_table(
             "Summary of what is in range",
