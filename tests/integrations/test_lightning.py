@@ -2,6 +2,7 @@
 
 import csv
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -313,3 +314,28 @@ def test_the_measured_gradient_is_the_modules(cross_entropy):
     ours = callback._function(module)(inputs, targets)
     module.loss_fn(module(inputs), targets).backward()
     torch.testing.assert_close(flatten(ours), torch.cat([p.grad.flatten() for p in module.parameters()]))
+
+
+def test_a_bound_at_every_step_starts_from_the_one_before(tmp_path, monkeypatch):
+    """And is `ritz + residual`'s, where no confidence is asked for."""
+    from gradguard import guard as module
+
+    seen = []
+    original = module.influence_lower_bound
+
+    def watched(*arguments, **options):
+        bound = original(*arguments, **options)
+        seen.append((options["start"], options["confidence"], bound))
+        return bound
+
+    monkeypatch.setattr(module, "influence_lower_bound", watched)
+    guard = Guard(defense=GaussianNoise(noise_ratio=0.3), attacks=())
+    fit(module_with_seed(), GradGuard(guard, every_n_steps=1, confidence=None, tolerance=0.3), folder=tmp_path)
+    assert len(seen) == 6
+    assert seen[0][0] is None
+    for before, after in pairwise(seen):
+        assert after[0] is before[2].vectors
+        assert after[1] is None
+        assert (after[2].value > 0).all()
+    # From a good start it takes fewer products than from nothing.
+    assert max(bound.iterations for _, _, bound in seen[1:]) < seen[0][2].iterations
