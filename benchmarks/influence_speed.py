@@ -263,6 +263,7 @@ def _peak_memory(options: argparse.Namespace, kind: str, count: int, chunk: int 
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
     else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
         before = _resident("VmRSS")
     if kind == "step":
         # Momentum is what an optimiser keeps; the model's gradient is the step's.
