@@ -40,6 +40,10 @@ def cgls(
     p, gamma = s, (s * s).sum(-1)
     first, b_norm = gamma.sqrt(), torch.linalg.vector_norm(b, dim=-1)
     residual = torch.where(first > 0, torch.ones_like(first), torch.zeros_like(first))
+    # What is divided by below is zero only with what is divided.
+    tiny = torch.finfo(operator.dtype).tiny
+    by_first, by_b = safe_inverse(first), safe_inverse(b_norm)
+    damped = bool((squared_damping > 0).any())
 
     iteration = 0
     while iteration < (max_iterations or 4 * n):
@@ -48,15 +52,19 @@ def cgls(
         iteration += 1
         q = operator.matvec(p)
         # A problem that has ended keeps its solution: going on would only add rounding.
-        curvature = (q * q).sum(-1) + squared_damping[:, 0] * (p * p).sum(-1)
-        step = torch.where(residual > tolerance, gamma * safe_inverse(curvature), torch.zeros_like(gamma))[:, None]
+        curvature = (q * q).sum(-1)
+        if damped:
+            curvature = curvature + squared_damping[:, 0] * (p * p).sum(-1)
+        step = (gamma / curvature.clamp_min(tiny) * (residual > tolerance))[:, None]
         x = x + step * p
         r = r - step * q
-        s = operator.rmatvec(r) - squared_damping * x
+        s = operator.rmatvec(r)
+        if damped:
+            s = s - squared_damping * x
         following = (s * s).sum(-1)
-        p = s + (following * safe_inverse(gamma))[:, None] * p
+        p = s + (following / gamma.clamp_min(tiny))[:, None] * p
         gamma = following
-        consistent = torch.linalg.vector_norm(r, dim=-1) * safe_inverse(b_norm)
-        now = torch.minimum(gamma.sqrt() * safe_inverse(first), consistent)
+        consistent = torch.linalg.vector_norm(r, dim=-1) * by_b
+        now = torch.minimum(gamma.sqrt() * by_first, consistent)
         residual = torch.where(residual > tolerance, now, residual)
     return LeastSquares(x, residual, iteration, residual <= tolerance)
