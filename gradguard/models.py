@@ -173,6 +173,46 @@ def resnet(
     return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
+#: Channels of the convolutions; "M" is a maximum pooling.
+_VGGS: dict[int, tuple[int | str, ...]] = {
+    11: (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
+    13: (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
+    16: (64, 64, "M", 128, 128, "M", *(256,) * 3, "M", *(512,) * 3, "M", *(512,) * 3, "M"),
+}
+
+
+def vgg(
+    depth: int = 11,
+    *,
+    in_channels: int = 3,
+    image_size: int = 32,
+    num_classes: int = 10,
+    activation: str = "relu",
+    normalised: bool = False,
+) -> nn.Sequential:
+    """VGG-`depth` with one linear head (Simonyan & Zisserman 2015): 3x3 convolutions and maximum pooling.
+
+    `depth`: 11, 13 or 16. The head is the one usual for CIFAR, a linear layer on what the five poolings leave of
+    `image_size` (at least 32), without the paper's two layers of 4,096 units. `normalised`: batch normalisation after
+    each convolution.
+    """
+    if depth not in _VGGS:
+        raise InputError(f"`depth` must be one of {sorted(_VGGS)}, got {depth}.")
+    if image_size < 32:
+        raise InputError(f"`image_size` must be at least 32 (five poolings halve it), got {image_size}.")
+    layers: list[nn.Module] = []
+    channels = in_channels
+    for width in _VGGS[depth]:
+        if isinstance(width, str):
+            layers.append(nn.MaxPool2d(2))
+            continue
+        layers.append(nn.Conv2d(channels, width, 3, padding=1))
+        layers += [nn.BatchNorm2d(width)] if normalised else []
+        layers.append(activation_module(activation))
+        channels = width
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * (image_size // 32) ** 2, num_classes))
+
+
 class CausalSelfAttention(nn.Module):
     """Attention to the tokens so far, with an explicit softmax: it can be differentiated as often as one likes."""
 
@@ -277,5 +317,8 @@ NAMED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "cnn6-d": (lambda: cnn6(second_channels=20), (3, 32, 32)),
     "fcn3": (lambda: fcn((784, 1000, 100, 1)), (1, 28, 28)),
     "digits": (digits_convnet, (1, 8, 8)),
+    "vgg11": (vgg, (3, 32, 32)),
+    "vgg11-224": (lambda: vgg(image_size=224, num_classes=1000), (3, 224, 224)),
     "resnet18": (resnet, (3, 32, 32)),
+    "resnet18-224": (lambda: resnet(num_classes=1000, large_inputs=True), (3, 224, 224)),
 }

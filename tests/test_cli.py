@@ -106,6 +106,14 @@ def test_rank():
     assert run("rank", "--model", "digits").exit_code == 0
 
 
+def test_rank_with_advice():
+    result = run("rank", "--model", "digits", "--advice", "--json")
+    assert result.exit_code == 0, result.output
+    (change,) = json.loads(result.output)["advice"]
+    assert (change["layer"], change["change"], change["after"]) == ("0", "stride", 4)
+    assert "0: stride 1 -> 4: deficit 19" in run("rank", "--model", "digits", "--advice").output
+
+
 def test_data_of_ones_own(model_file, tmp_path):
     path = tmp_path / "mine.npz"
     np.savez(path, images=(digits().images[:4, 0].numpy() * 255).astype("uint8"), labels=digits().labels[:4].numpy())

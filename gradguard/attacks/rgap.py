@@ -24,8 +24,18 @@ from gradguard.attacks.heads import (
     recover_targets,
     softmax_heads,
 )
-from gradguard.chain import Activation, Affine, LayerSystem, all_parameters, few_threads, walk
+from gradguard.chain import (
+    Activation,
+    Affine,
+    ChannelScale,
+    LayerSystem,
+    MeanPool,
+    all_parameters,
+    few_threads,
+    walk,
+)
 from gradguard.errors import InputError, UnsupportedModelError
+from gradguard.linalg import LinearOperator
 from gradguard.linalg.cgls import cgls
 
 #: A matching loss that only the truth reaches: the other candidates need not be tried.
@@ -42,9 +52,12 @@ _EXACT = 1e-12
 class RGAP(Attack):
     """The recursive attack on the gradient of one example: deterministic, no optimisation, no prior.
 
-    For chains of Linear, Conv2d and one-to-one activations (see `gradguard.chain`). It starts at the lowest linear
-    layer that has a bias, under any loss; without one at the last layer, under the binary logistic loss
-    (`nn.BCEWithLogitsLoss`, `nn.SoftMarginLoss`) or softmax cross-entropy. Labels are recovered if not given.
+    For chains of Linear, Conv2d, one-to-one activations, batch normalisation in eval mode, ReLU and average pooling
+    (see `gradguard.chain`). ReLU hides the outputs that are not positive: a layer below one is solved from the outputs
+    that are, and its gradient. Average pooling hides all but the means, and mostly leaves the layers below short. It
+    starts at the lowest linear layer that has a bias, under any loss; without one at the last layer, under the binary
+    logistic loss (`nn.BCEWithLogitsLoss`, `nn.SoftMarginLoss`) or softmax cross-entropy. Labels are recovered if not
+    given.
 
     `tolerance`: the attack has converged if no layer's relative residual is above it.
     `damping`: `lambda` in `min |A x - b|^2 + lambda^2 |x|^2` per layer, for rows of norm 1: above 0 it keeps a noisy
@@ -53,11 +66,13 @@ class RGAP(Attack):
 
     `details["layers"]` has one row per solved layer, last first: `layer`, `unknowns`, `weight_constraints`,
     `gradient_constraints`, `rank_bound` (what they can at most determine), `residual` (relative, rows scaled),
-    `iterations`, `solved` (the iteration ended before its limit), `outside` (the share of the solution that is no
-    value of the activation below, and was moved to the nearest), `crossed` (units of the activation above that rounding
-    had put on the wrong side of its kink). A layer with a `rank_bound` below its `unknowns` gets the solution of least
-    norm; the layers below it then show large residuals. `details["twins"]`: how many other pictures have the same
-    gradient, which only the value range tells from the one returned.
+    `iterations`, `solved` (the iteration ended before its limit), `hidden` (outputs that a ReLU above hides), `outside`
+    (the share of the solution that is no value of the activation below, and was moved to the nearest), `crossed` (units
+    of the activation above that rounding had put on the wrong side of its kink). A layer with a `rank_bound` below its
+    `unknowns` gets the solution of least norm; the layers below it then show large residuals. `details["short"]` names
+    these layers, and the attack has not converged if there is one; `details["note"]` says so in words.
+    `details["twins"]`: how many other pictures have the same gradient, which only the value range tells from the one
+    returned.
     """
 
     tolerance: float = 1e-4
@@ -92,14 +107,16 @@ class RGAP(Attack):
             return Reconstruction(attack=self.name, details=details | {"failure": "no candidate gave finite values"})
         best, twins = problem.choose(found)
         residual = max((row["residual"] for row in best.rows), default=0.0)
+        short = [row["layer"] for row in best.rows if _is_short(row)]
         return Reconstruction(
             attack=self.name,
             inputs=best.x[None],
             labels=best.targets,
             matching_loss=best.loss,
-            converged=residual <= self.tolerance and all(row["solved"] for row in best.rows),
+            converged=residual <= self.tolerance and all(row["solved"] for row in best.rows) and not short,
             details=details
-            | {"candidate": best.head.origin, "twins": twins, "residual": residual, "layers": best.rows},
+            | {"candidate": best.head.origin, "twins": twins, "residual": residual, "layers": best.rows}
+            | {"short": short, "note": _note(best.rows)},
         )
 
     def _trials(self, problem: _Problem, heads: list[Head]) -> list[_Trial]:
@@ -129,27 +146,50 @@ class RGAP(Attack):
         rows: list[dict[str, Any]] = []
         worst = 0.0
         doubts: list[tuple[int, float]] = []
+        known: Tensor | None = None  # which elements of `x` are, where a ReLU hides some of them
         for step in reversed(problem.chain.steps[: problem.start_index]):
             if len(rows) == layers:
                 break
             if isinstance(step, Affine):
                 z = x - step.offset(problem.parameters)
-                x, k, row = self._settled(problem, step, z, k, doubts, worst)
+                x, k, row = self._settled(problem, step, z, k, doubts, worst, known)
                 rows.append(row)
-                worst, doubts = max(worst, row["residual"]), []
+                worst, doubts, known = max(worst, row["residual"]), [], None
                 k = step.backward(k, problem.parameters)
+            elif isinstance(step, MeanPool):
+                x, row = self._unpooled(step, x, known)
+                known = None
+                rows.append(row)
+                # What least norm makes up can contradict nothing above: no doubt is worth trying below.
+                worst, doubts, k = max(worst, row["residual"]), [], step.backward(k)
+            elif isinstance(step, ChannelScale):
+                x, k = step.inverse(x, problem.parameters), step.backward(k, problem.parameters)
             elif isinstance(step, Activation):
+                margin = _REACH * max(worst, _EXACT) * float(x.square().mean().sqrt())
                 if rows:
-                    rows[-1]["outside"] = float(step.outside(x).double().mean())
-                x = step.inverse(x)
-                k = k * step.derivative(x)
-                doubts = doubts or _doubts(step, x, max(worst, _SINGLE))
+                    rows[-1]["outside"] = float(step.outside(x, margin).double().mean())
+                if step.flat:
+                    here = step.known(x, margin)
+                    x, k = torch.where(here, x, 0.0), torch.where(here, k, 0.0)
+                    known = here if known is None else here & known
+                else:
+                    x = step.inverse(x)
+                    k = k * step.derivative(x)
+                    doubts = doubts or _doubts(step, x, max(worst, _SINGLE))
             else:
                 x, k = x.reshape(step.input_shape), k.reshape(step.input_shape)
+                known = None if known is None else known.reshape(step.input_shape)
         return x, rows
 
     def _settled(
-        self, problem: _Problem, layer: Affine, z: Tensor, k: Tensor, doubts: list[tuple[int, float]], worst: float
+        self,
+        problem: _Problem,
+        layer: Affine,
+        z: Tensor,
+        k: Tensor,
+        doubts: list[tuple[int, float]],
+        worst: float,
+        known: Tensor | None,
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """A layer's input, its `k`, and the row for the report.
 
@@ -158,8 +198,9 @@ class RGAP(Attack):
         """
 
         def solve(k: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            system = LayerSystem.of(layer, problem.parameters[layer.weight], k, z, problem.sent.get(layer.weight))
-            return _solved(system, damping=self.damping, max_iterations=self.max_iterations)
+            weight, sent = problem.parameters[layer.weight], problem.sent.get(layer.weight)
+            system = LayerSystem.of(layer, weight, k, z, sent, known)
+            return _solved(system, known, damping=self.damping, max_iterations=self.max_iterations)
 
         x, row = solve(k)
         for unit, factor in doubts:
@@ -170,6 +211,40 @@ class RGAP(Attack):
             if other_row["residual"] < 0.9 * row["residual"]:
                 x, k, row = other_x, other.reshape(k.shape), other_row | {"crossed": row["crossed"] + 1}
         return x, k, row
+
+    def _unpooled(self, pool: MeanPool, y: Tensor, known: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
+        """The picture of least norm with the means `y` (where `known`, if that is given), and its row."""
+        seen = torch.ones_like(y) if known is None else known.to(y.dtype)
+
+        def matvec(v: Tensor) -> Tensor:
+            return (pool(v.reshape(pool.input_shape)) * seen).reshape(1, -1)
+
+        def rmatvec(u: Tensor) -> Tensor:
+            return pool.backward(u.reshape(pool.output_shape) * seen).reshape(1, -1)
+
+        operator = LinearOperator(matvec, rmatvec, (1, pool.outputs, pool.unknowns), y)
+        means = int(seen.sum())
+        row = {"layer": pool.name, "unknowns": pool.unknowns, "weight_constraints": means, "gradient_constraints": 0}
+        row |= {"rank_bound": min(pool.unknowns, means), "hidden": pool.outputs - means}
+        x, solution = _least_squares(
+            operator, (y * seen).reshape(1, -1), damping=0.0, max_iterations=self.max_iterations
+        )
+        return x.reshape(pool.input_shape), row | solution
+
+
+def _note(rows: list[dict[str, Any]]) -> str:
+    """What the rows say, in a sentence: empty if every layer was determined by count."""
+    short = [f"{row['layer']!r} (at least {row['unknowns'] - row['rank_bound']})" for row in rows if _is_short(row)]
+    if not short:
+        return ""
+    return (
+        f"The equations do not determine the input of {', '.join(short)} of so many unknowns; the solution of least "
+        "norm was taken, and what lies below follows from it."
+    )
+
+
+def _is_short(row: dict[str, Any]) -> bool:
+    return row["rank_bound"] < row["unknowns"]
 
 
 @dataclass(frozen=True)
@@ -200,25 +275,38 @@ def _doubts(step: Activation, z: Tensor, error: float) -> list[tuple[int, float]
     return [(int(unit), float(factors[unit])) for unit in near[distance[near].argsort()]]
 
 
-def _solved(system: LayerSystem, *, damping: float, max_iterations: int) -> tuple[Tensor, dict[str, Any]]:
+def _solved(
+    system: LayerSystem, known: Tensor | None, *, damping: float, max_iterations: int
+) -> tuple[Tensor, dict[str, Any]]:
     """The input of a layer by least squares, of least norm where it is not determined, and its row for the report."""
     layer = system.layer
-    solution = cgls(system.operator, system.target, damping=damping, max_iterations=max_iterations)
-    remainder = torch.linalg.vector_norm(system.operator.matvec(solution.solution) - system.target)
-    length = torch.linalg.vector_norm(system.target)
+    hidden = 0 if known is None else int((~known).sum())
     row = {
         "layer": layer.name,
         "unknowns": layer.unknowns,
-        "weight_constraints": layer.outputs,
+        "weight_constraints": layer.outputs - hidden,
         "gradient_constraints": system.gradient_constraints,
-        "rank_bound": layer.rank_bound(gradients=system.gradient_constraints > 0),
+        "rank_bound": layer.rank_bound(gradients=system.gradient_constraints > 0, known=known),
+        "hidden": hidden,
+    }
+    x, solution = _least_squares(system.operator, system.target, damping=damping, max_iterations=max_iterations)
+    return x.reshape(layer.input_shape), row | solution
+
+
+def _least_squares(
+    operator: LinearOperator, target: Tensor, *, damping: float, max_iterations: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """The solution, and what its row says about how it was found."""
+    solution = cgls(operator, target, damping=damping, max_iterations=max_iterations)
+    remainder = torch.linalg.vector_norm(operator.matvec(solution.solution) - target)
+    length = torch.linalg.vector_norm(target)
+    return solution.solution, {
         "residual": float(remainder / length) if length > 0 else 0.0,
         "iterations": solution.iterations,
         "solved": bool(solution.converged.all()),
         "outside": 0.0,
         "crossed": 0,
     }
-    return solution.solution.reshape(layer.input_shape), row
 
 
 class _Problem:
@@ -241,7 +329,7 @@ class _Problem:
         start = self.chain.steps[self.start_index]
         assert isinstance(start, Affine)
         self.start = start
-        self.chain.check_invertible(self.start_index)
+        self.chain.check_invertible(self.start_index, partly=True)
 
     def top(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss as a function of the last layer's output, shape `(1, C)`."""

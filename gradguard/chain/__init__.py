@@ -5,20 +5,40 @@ What R-GAP and the rank analysis walk along. The model is traced with `torch.fx`
 the module that breaks it. Source: Zhu & Blaschko 2021 (arXiv 2010.07733), section 3.
 """
 
-from gradguard.chain.steps import Activation, Affine, Chain, Reshape, Shape, Step, Tail, all_parameters
+from gradguard.chain.steps import (
+    Activation,
+    Affine,
+    Chain,
+    ChannelScale,
+    Graph,
+    MaxPool,
+    MeanPool,
+    Reshape,
+    Shape,
+    Step,
+    Sum,
+    Tail,
+    all_parameters,
+)
 from gradguard.chain.system import LayerSystem, few_threads
-from gradguard.chain.walk import walk
+from gradguard.chain.walk import walk, walk_graph
 
 __all__ = [
     "Activation",
     "Affine",
     "Chain",
+    "ChannelScale",
+    "Graph",
     "LayerSystem",
+    "MaxPool",
+    "MeanPool",
     "Reshape",
     "Shape",
     "Step",
+    "Sum",
     "Tail",
     "all_parameters",
     "few_threads",
     "walk",
+    "walk_graph",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -76,16 +77,22 @@ def gelu(input: Any = None, approximate: str = "none") -> Activation:
     return Activation(kind="GELU", function=lambda z: F.gelu(z, approximate=approximate))
 
 
-def many_to_one(kind: str, function: Callable[[Tensor], Tensor]) -> Callable[..., Activation]:
-    """An activation that takes no options and is not one-to-one."""
+def many_to_one(
+    kind: str, function: Callable[[Tensor], Tensor], interval: tuple[float, float] | None = None
+) -> Callable[..., Activation]:
+    """An activation that takes no options and is not one-to-one. `interval`: where it is `z` itself; flat outside."""
 
     def build(input: Any = None, inplace: bool = False) -> Activation:
-        return Activation(kind=kind, function=function)
+        if interval is None:
+            return Activation(kind=kind, function=function)
+        flat = tuple(end for end in interval if math.isfinite(end))
+        return Activation(kind=kind, function=function, flat=flat, interval=interval)
 
     return build
 
 
-relu, relu6 = many_to_one("ReLU", F.relu), many_to_one("ReLU6", F.relu6)
+relu = many_to_one("ReLU", F.relu, (0.0, math.inf))
+relu6 = many_to_one("ReLU6", F.relu6, (0.0, 6.0))
 silu, mish = many_to_one("SiLU", F.silu), many_to_one("Mish", F.mish)
 
 ACTIVATION_MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
@@ -148,6 +155,13 @@ RESHAPE_CALLS = frozenset(
         *("flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous"),
     }
 )
+#: Linear in their input, each channel by itself; without weights.
+MEAN_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+MEAN_CALLS = frozenset({F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean, "mean"})
+MAX_MODULES = (nn.MaxPool2d, nn.AdaptiveMaxPool2d)
+MAX_CALLS = frozenset({F.max_pool2d, torch.max_pool2d, F.adaptive_max_pool2d})
+ADD_CALLS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
+
 SHAPE_METHODS = frozenset(["size", "dim", "numel"])
 SHAPE_ATTRIBUTES = frozenset(["shape", "ndim", "dtype", "device"])
 
@@ -155,14 +169,15 @@ SHAPE_ATTRIBUTES = frozenset(["shape", "ndim", "dtype", "device"])
 
 _STATISTICS = "normalises by statistics of its input, which the recursion has no equation for. Leave it out"
 _MAXIMA = "keeps one value of each window and loses the others. Use a convolution with a stride"
-_MEANS = "has no weights and so gives no gradient constraints. Use a convolution with a stride"
+_MEANS = "averages over something else than windows of a picture. Use nn.AvgPool2d or a convolution with a stride"
 
 #: Looked up along a module's classes: why it breaks the chain, and what to use instead.
 REFUSED_MODULES: dict[type, str] = {
-    nn.modules.batchnorm._NormBase: (
-        "normalises by statistics, which the recursion has no equation for. Fold it into the convolution before it "
-        "(`torch.nn.utils.fusion.fuse_conv_bn_eval`), or leave it out"
+    nn.modules.batchnorm._BatchNorm: (
+        "normalises by the statistics of the batch, which the recursion has no equation for. Call `model.eval()` "
+        "first if that is how gradients are computed, and keep running statistics"
     ),
+    nn.modules.batchnorm._NormBase: _STATISTICS,
     nn.GroupNorm: _STATISTICS,
     nn.LayerNorm: _STATISTICS,
     nn.modules.pooling._MaxPoolNd: _MAXIMA,
@@ -179,13 +194,13 @@ REFUSED_MODULES: dict[type, str] = {
 
 REFUSED_CALLS: dict[Any, str] = {
     **dict.fromkeys(
-        (operator.add, operator.iadd, torch.add, "add", "add_"),
+        ADD_CALLS,
         "adds to the value of the step before it (a residual connection?)",
     ),
     **dict.fromkeys((torch.cat, torch.concat, torch.stack), "joins several paths"),
     **dict.fromkeys((F.linear, F.conv2d, torch.conv2d), "uses a weight outside of a layer. Use nn.Linear or nn.Conv2d"),
-    **dict.fromkeys((F.max_pool2d, torch.max_pool2d, F.adaptive_max_pool2d), _MAXIMA),
-    **dict.fromkeys((F.avg_pool2d, F.adaptive_avg_pool2d), _MEANS),
+    **dict.fromkeys(MAX_CALLS, _MAXIMA),
+    **dict.fromkeys(MEAN_CALLS, _MEANS),
     **dict.fromkeys((F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm), _STATISTICS),
 }
 

@@ -80,9 +80,16 @@ class Affine:
         free = (filters - min(filters, self.taps)) * (filters - min(filters, self.outputs // self.filters))
         return self.groups * (filters**2 - free)
 
-    def rank_bound(self, *, gradients: bool = True) -> int:
-        """How many unknowns the constraints can at most determine. `gradients`: whether the weight's is sent."""
-        return min(self.unknowns, self.outputs + (self.num_weights - self.overlap if gradients else 0))
+    def rank_bound(self, *, gradients: bool = True, known: Tensor | None = None) -> int:
+        """How many unknowns the constraints can at most determine. `gradients`: whether the weight's is sent.
+
+        `known`: the outputs that are, bool, `output_shape`; `k` is zero at the others. Then a filter without a known
+        output has no constraint, and of the overlap only each filter's equation with itself is sure to remain.
+        """
+        if known is None:
+            return min(self.unknowns, self.outputs + (self.num_weights - self.overlap if gradients else 0))
+        active = int(known.reshape(self.filters, -1).any(1).sum())
+        return min(self.unknowns, int(known.sum()) + (active * (self.taps - 1) if gradients else 0))
 
     def __call__(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """The layer's output, bias included: `input_shape -> output_shape`."""
@@ -152,6 +159,8 @@ class Activation:
     """An elementwise function. `function`: its value; `inverse_function`: `None` if it is not one-to-one.
 
     `interval`: the open interval of its values; `kink`: the argument at which the derivative jumps, if there is one.
+    `flat`: values that many arguments share, each with derivative zero, where every other value is its own argument:
+    0 for ReLU, 0 and 6 for ReLU6.
     `name`: the module's path, or what the call is named in the trace.
     """
 
@@ -160,6 +169,7 @@ class Activation:
     inverse_function: Callable[[Tensor], Tensor] | None = None
     interval: tuple[float, float] = (-math.inf, math.inf)
     kink: float | None = None
+    flat: tuple[float, ...] = ()
     name: str = ""
     input_shape: Shape = ()
 
@@ -173,6 +183,18 @@ class Activation:
         """Whether the argument follows from the value."""
         return self.inverse_function is not None
 
+    @property
+    def partly_invertible(self) -> bool:
+        """Whether the argument follows from the value, or from every value that is not in `flat`."""
+        return self.invertible or bool(self.flat)
+
+    def known(self, v: Tensor, margin: float) -> Tensor:
+        """Where the argument follows from the value `v`: bool. What is within `margin` of a flat value counts as it."""
+        found = torch.ones_like(v, dtype=torch.bool)
+        for value in self.flat:
+            found &= (v - value).abs() > margin
+        return found & ~self.outside(v)
+
     def __call__(self, z: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The value at `z`, elementwise."""
         return self.function(z)
@@ -181,19 +203,27 @@ class Activation:
         """`a'(z)`, elementwise."""
         return torch.func.grad(lambda t: self.function(t).sum())(z)
 
-    def outside(self, v: Tensor) -> Tensor:
-        """Where `v` is no value of the function (rounding or noise put it there): bool, shaped like `v`."""
+    def outside(self, v: Tensor, margin: float = 0.0) -> Tensor:
+        """Where `v` is no value of the function (rounding or noise put it there): bool, shaped like `v`.
+
+        `margin`: how far beyond a value that is reached (ReLU's zero) still counts as that value.
+        """
         low, high = self._limits(v.dtype)
-        return (v < low) | (v > high)
+        margin = margin if self.flat else 0.0
+        return (v < low - margin) | (v > high + margin)
 
     def inverse(self, v: Tensor) -> Tensor:
         """`z` with `a(z) = v`; a `v` that is no value of the function counts as the nearest one that is."""
+        if self.flat:
+            return v
         assert self.inverse_function is not None, f"{self.kind} has no inverse"
         low, high = self._limits(v.dtype)
         return self.inverse_function(v.clamp(low, high))
 
     def _limits(self, dtype: torch.dtype) -> tuple[float, float]:
-        """The ends of the interval, moved inwards by one rounding of 1."""
+        """The ends of the interval, moved inwards by one rounding of 1 if they are no values themselves."""
+        if self.flat:
+            return self.interval
         eps = torch.finfo(dtype).eps
         return self.interval[0] + eps, self.interval[1] - eps
 
@@ -231,7 +261,116 @@ class Tail:
         return self.function(z)
 
 
-Step = Affine | Activation | Reshape | Tail
+@dataclass(frozen=True, kw_only=True)
+class ChannelScale:
+    """Batch normalisation in eval mode: `scale x + shift`, the same for all elements of a channel.
+
+    `mean`, `variance`, `weight`, `bias`: names among the parameters and buffers (`weight` and `bias` may be `None`).
+    The gradients of its weight and bias would say more about the input; the recursion does without them.
+    """
+
+    name: str
+    kind: str
+    mean: str
+    variance: str
+    weight: str | None
+    bias: str | None
+    eps: float
+    input_shape: Shape
+
+    @property
+    def output_shape(self) -> Shape:
+        """The shape of the values, which is that of the arguments."""
+        return self.input_shape
+
+    def scale(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """What each channel is multiplied by, in a shape that multiplies a value."""
+        scale = (parameters[self.variance] + self.eps).rsqrt()
+        return self._spread(scale if self.weight is None else scale * parameters[self.weight])
+
+    def __call__(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The value at `x`."""
+        shift = 0.0 if self.bias is None else self._spread(parameters[self.bias])
+        return (x - self._spread(parameters[self.mean])) * self.scale(parameters) + shift
+
+    def inverse(self, y: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """`x` with the value `y`; a channel that is multiplied by zero comes back as infinite or not a number."""
+        shift = 0.0 if self.bias is None else self._spread(parameters[self.bias])
+        return (y - shift) / self.scale(parameters) + self._spread(parameters[self.mean])
+
+    def backward(self, k: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The loss's derivative by the argument, from `k`, that by the value."""
+        return k * self.scale(parameters)
+
+    def _spread(self, channels: Tensor) -> Tensor:
+        return channels.reshape(-1, *[1] * (len(self.input_shape) - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanPool:
+    """Average pooling: `y = P x`, the same for each channel. It has no weight, so no gradient constraint either.
+
+    `function`: of a batch. `disjoint`: whether no two windows are known to meet (the rows of `P` are then independent).
+    """
+
+    name: str
+    kind: str
+    function: Callable[[Tensor], Tensor]
+    input_shape: Shape
+    output_shape: Shape
+    disjoint: bool = False
+
+    @property
+    def unknowns(self) -> int:
+        """Elements of the input."""
+        return math.prod(self.input_shape)
+
+    @property
+    def outputs(self) -> int:
+        """Elements of the output."""
+        return math.prod(self.output_shape)
+
+    def __call__(self, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """`P x`."""
+        return self.function(x[None])[0]
+
+    def backward(self, k: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """`P^T k`."""
+        return torch.func.vjp(self, k.new_zeros(self.input_shape))[1](k)[0]
+
+    def channel(self) -> Tensor:
+        """`P` of one channel: float64 `(positions, pixels)`."""
+        pixels = self.unknowns // self.input_shape[0]
+        pictures = torch.eye(pixels, dtype=torch.float64).reshape(pixels, 1, *self.input_shape[1:])
+        return self.function(pictures).reshape(pixels, -1).mT
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxPool:
+    """Maximum pooling. Only in a `Graph`: which element was the largest is not known to the recursion."""
+
+    name: str
+    kind: str
+    function: Callable[[Tensor], Tensor]
+    input_shape: Shape
+    output_shape: Shape
+
+    def __call__(self, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The largest values."""
+        return self.function(x[None])[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sum:
+    """The sum of two values, as in a residual block. Only in a `Graph`."""
+
+    name: str
+    input_shape: Shape
+    output_shape: Shape
+    kind: str = "Sum"
+
+
+Step = Affine | Activation | Reshape | Tail | ChannelScale | MeanPool
 
 
 @dataclass(frozen=True)
@@ -259,15 +398,67 @@ class Chain:
             x = step(x, parameters)
         return x
 
-    def check_invertible(self, stop: int) -> None:
-        """Raises `UnsupportedModelError` if an activation before step `stop` is not one-to-one."""
+    def check_invertible(self, stop: int, *, partly: bool = False) -> None:
+        """Raises `UnsupportedModelError` if a step before step `stop` is not one-to-one.
+
+        `partly`: let pass what hides some of its input and says where: ReLU, average pooling.
+        """
         for step in self.steps[:stop]:
-            if isinstance(step, Activation) and not step.invertible:
+            if isinstance(step, MeanPool) and not partly:
+                raise UnsupportedModelError(
+                    f"Module {step.name!r} ({step.kind}) averages, which loses part of its input. Use a convolution "
+                    "with a stride, or attack by gradient matching."
+                )
+            if isinstance(step, Activation) and not (step.partly_invertible if partly else step.invertible):
                 raise UnsupportedModelError(
                     f"Activation {step.name!r} ({step.kind}) is not one-to-one, so the output of the layer before it "
                     "does not follow from its value. Use LeakyReLU, ELU, Softplus, Sigmoid or Tanh there, or attack by "
                     "gradient matching."
                 )
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model's steps where values may branch and be summed: what the rank analysis reads.
+
+    `sources`: for each step the indices of the steps whose values it takes, -1 for the input; all are smaller than its
+    own.
+    """
+
+    steps: tuple[Step | MaxPool | Sum, ...]
+    sources: tuple[tuple[int, ...], ...]
+    input_shape: Shape
+
+    @property
+    def affine_indices(self) -> tuple[int, ...]:
+        """Where in `steps` the layers with weights are."""
+        return tuple(i for i, s in enumerate(self.steps) if isinstance(s, Affine))
+
+    @property
+    def consumers(self) -> tuple[tuple[int, ...], ...]:
+        """For each step the indices of those that take its value."""
+        return tuple(tuple(j for j, s in enumerate(self.sources) if i in s) for i in range(len(self.steps)))
+
+    @property
+    def dominators(self) -> tuple[frozenset[int], ...]:
+        """For each step, the steps that every path from the input to it goes through, itself included."""
+        found: list[frozenset[int]] = []
+        for index, sources in enumerate(self.sources):
+            before = [found[s] if s >= 0 else frozenset[int]() for s in sources]
+            found.append(frozenset.intersection(*before) | {index})
+        return tuple(found)
+
+    def values(self, x: Tensor, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+        """The value of each step. `x`: one example without batch dimension."""
+        found: list[Tensor] = []
+        for step, sources in zip(self.steps, self.sources, strict=True):
+            arguments = [found[s] if s >= 0 else x for s in sources]
+            found.append(arguments[0] + arguments[1] if isinstance(step, Sum) else step(arguments[0], parameters))
+        return found
+
+    def __call__(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The value of the last step."""
+        return self.values(x, parameters)[-1]
 
 
 def all_parameters(gradient: LossGradient) -> Gradient:

@@ -27,6 +27,7 @@ class LayerSystem:
     Both kinds of row are products of the layer's patches with a small matrix, `(G, F, T)` or `(G, F, L)`; a row of
     `W` has the norm of its filter and a row of the gradient constraints that of its filter's `k`, up to the padding.
     Without the scaling a layer with small `k` would lose the gradient constraints to rounding.
+    Outputs that are not known (behind a ReLU that is zero) have zero rows.
     `operator`: `R = 1` problem; `target`: the scaled right-hand side, shape `(1, rows)`.
     """
 
@@ -36,10 +37,24 @@ class LayerSystem:
     gradient_constraints: int
 
     @classmethod
-    def of(cls, layer: Affine, weight: Tensor, k: Tensor, z: Tensor, weight_gradient: Tensor | None) -> LayerSystem:
-        """`weight`, `weight_gradient` (`None`: frozen): the parameter's shape. `k`, `z`: `output_shape`."""
+    def of(
+        cls,
+        layer: Affine,
+        weight: Tensor,
+        k: Tensor,
+        z: Tensor,
+        weight_gradient: Tensor | None,
+        known: Tensor | None = None,
+    ) -> LayerSystem:
+        """`weight`, `weight_gradient` (`None`: frozen): the parameter's shape. `k`, `z`: `output_shape`.
+
+        `known`: where `z` is, bool, `output_shape`; `None`: everywhere.
+        """
         w, w_scale = _unit_rows(layer.matrix(weight))
         target = [(layer.rows(z) * w_scale).flatten()]
+        seen = None if known is None else layer.rows(known).to(w.dtype)
+        if seen is not None:
+            target[0] = target[0] * seen.flatten()
         outputs = target[0].numel()
         if weight_gradient is None:
             kk = w.new_zeros(*w.shape[:2], layer.outputs // layer.filters)
@@ -51,11 +66,13 @@ class LayerSystem:
 
         def matvec(v: Tensor) -> Tensor:
             patches = layer.patches(v)
-            parts = [(w @ patches).flatten()] + ([(kk @ patches.mT).flatten()] if weights else [])
+            rows = w @ patches if seen is None else (w @ patches) * seen
+            parts = [rows.flatten()] + ([(kk @ patches.mT).flatten()] if weights else [])
             return torch.cat(parts)[None]
 
         def rmatvec(u: Tensor) -> Tensor:
-            columns = w.mT @ u[0, :outputs].view(*w.shape[:2], -1)
+            rows = u[0, :outputs].view(*w.shape[:2], -1)
+            columns = w.mT @ (rows if seen is None else rows * seen)
             if weights:
                 columns = columns + u[0, outputs:].view(w.shape).mT @ kk
             return layer.unpatches(columns).reshape(1, -1)

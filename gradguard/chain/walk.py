@@ -12,13 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gradguard.chain import links
-from gradguard.chain.steps import Affine, Chain, Reshape, Shape, Step, Tail, all_parameters
+from gradguard.chain.steps import (
+    Affine,
+    Chain,
+    ChannelScale,
+    Graph,
+    MaxPool,
+    MeanPool,
+    Reshape,
+    Shape,
+    Step,
+    Sum,
+    Tail,
+    all_parameters,
+)
 from gradguard.errors import InputError, UnsupportedModelError
 from gradguard.gradients import LossGradient
 
 _WAY_OUT = (
-    "R-GAP walks Linear, Conv2d, elementwise activations, Flatten and reshapes, one after another; attack other models "
-    "by gradient matching."
+    "R-GAP walks Linear, Conv2d, elementwise activations, batch normalisation in eval mode, average pooling and "
+    "reshapes, one after another; attack other models by gradient matching."
 )
 
 
@@ -30,17 +43,32 @@ def walk(gradient: LossGradient, input_shape: Sequence[int]) -> Chain:
     `InputError` if `input_shape` does not fit the model. Activations that are not one-to-one are links too; see
     `Chain.check_invertible`.
     """
-    input_shape = tuple(int(n) for n in input_shape)
-    if not input_shape or min(input_shape) < 1:
-        raise InputError(f"`input_shape` must be the shape of one example, such as (3, 32, 32), got {input_shape}.")
-    chain = Chain(_Walker(gradient, input_shape).steps(), input_shape)
-    if not chain.layers:
-        raise UnsupportedModelError(f"{_name(gradient.model)} has no Linear or Conv2d layer. {_WAY_OUT}")
+    walker = _Walker(gradient, _checked(input_shape), branches=False)
+    steps = walker.steps()
+    chain = Chain(tuple(s for s in steps if not isinstance(s, MaxPool | Sum)), walker.input_shape)
     _check_same_function(gradient, chain)
     return chain
 
 
-def _check_same_function(gradient: LossGradient, chain: Chain) -> None:
+def walk_graph(gradient: LossGradient, input_shape: Sequence[int]) -> Graph:
+    """As `walk`, but values may be used twice and summed (residual blocks), and maximum pooling is a step as well.
+
+    What the recursion cannot go through and a rank analysis can still speak about.
+    """
+    walker = _Walker(gradient, _checked(input_shape), branches=True)
+    graph = Graph(walker.steps(), tuple(walker.sources), walker.input_shape)
+    _check_same_function(gradient, graph)
+    return graph
+
+
+def _checked(input_shape: Sequence[int]) -> Shape:
+    shape = tuple(int(n) for n in input_shape)
+    if not shape or min(shape) < 1:
+        raise InputError(f"`input_shape` must be the shape of one example, such as (3, 32, 32), got {shape}.")
+    return shape
+
+
+def _check_same_function(gradient: LossGradient, chain: Chain | Graph) -> None:
     """A hook is invisible to the trace: compare values once instead of trusting it."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(chain.input_shape, generator=generator, dtype=torch.float64)
@@ -60,21 +88,30 @@ def _check_same_function(gradient: LossGradient, chain: Chain) -> None:
 class _Walker:
     """One pass over the traced graph. Values are tensors on the meta device, with a batch of two, or plain numbers."""
 
-    def __init__(self, gradient: LossGradient, input_shape: Shape) -> None:
+    def __init__(self, gradient: LossGradient, input_shape: Shape, *, branches: bool) -> None:
         self.gradient = gradient
+        self.branches = branches
         self.model = gradient.model
         # A model that is one layer has no submodule to call; fx would trace into the layer itself.
         self.single = fx.Tracer().is_leaf_module(self.model, "")
         self.root = nn.Sequential(self.model) if self.single else self.model
         self.input_shape = input_shape
-        self.names = {id(p): n for n, p in self.model.named_parameters()}
+        self.names = {id(p): n for n, p in (*self.model.named_parameters(), *self.model.named_buffers())}
         self.owners: dict[str, str] = {}
-        self.found: list[Step] = []
+        self.found: list[Step | MaxPool | Sum] = []
+        self.sources: list[tuple[int, ...]] = []
+        self.places: dict[fx.Node, int] = {}  # the step that a node's value comes from, -1 for the input
         self.values: dict[fx.Node, Any] = {}
         self.current: fx.Node | None = None
 
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> tuple[Step | MaxPool | Sum, ...]:
         """Every step, first to last."""
+        self._walk()
+        if not any(isinstance(step, Affine) for step in self.found):
+            raise UnsupportedModelError(f"{_name(self.model)} has no Linear or Conv2d layer. {_WAY_OUT}")
+        return tuple(self.found)
+
+    def _walk(self) -> None:
         for node in _nodes(self.root, self.model):
             if node.op == "placeholder":
                 self._placeholder(node)
@@ -86,11 +123,10 @@ class _Walker:
                 raise UnsupportedModelError(
                     f"{_name(self.model)} returns something else than the value of its last layer. {_WAY_OUT}"
                 )
-        return tuple(self.found)
 
     def _placeholder(self, node: fx.Node) -> None:
         if self.current is None:
-            self.current = node
+            self.current, self.places[node] = node, -1
             self.values[node] = torch.empty(2, *self.input_shape, device="meta")
         elif node.args:
             self.values[node] = node.args[0]
@@ -102,6 +138,11 @@ class _Walker:
         if not sources or _is_shape_query(node):
             self.values[node] = self._evaluate(node)
             return
+        if self.branches and len(sources) == 2 and node.target in links.ADD_CALLS:
+            self._add(Sum(name=self._path(node), input_shape=self._shape, output_shape=self._sum_shape(node)), node)
+            return
+        if self.branches and len(sources) == 1:
+            self.current = sources[0]
         if sources != [self.current]:
             why = links.REFUSED_CALLS.get(
                 node.target, "takes more than the value of the step before it (a branch or a skip)"
@@ -111,10 +152,24 @@ class _Walker:
         if step is not None:
             if isinstance(step, Affine):
                 self._check_no_tail(step)
-            self.found.append(step)
-        shape = self._shape if step is None else step.output_shape
-        self.values[node] = torch.empty(2, *shape, device="meta")
-        self.current = node
+            self._add(step, node)
+        else:
+            self.values[node], self.places[node] = self.values[sources[0]], self.places[sources[0]]
+            self.current = node
+
+    def _add(self, step: Step | MaxPool | Sum, node: fx.Node) -> None:
+        """`step` computes the value of `node`."""
+        self.found.append(step)
+        self.sources.append(tuple(self.places[n] for n in node.all_input_nodes if n in self.places))
+        self.values[node] = torch.empty(2, *step.output_shape, device="meta")
+        self.places[node], self.current = len(self.found) - 1, node
+
+    def _sum_shape(self, node: fx.Node) -> Shape:
+        value = self._evaluate(node)
+        shapes = {tuple(self.values[n].shape) for n in node.all_input_nodes}
+        if len(node.args) != 2 or node.kwargs or shapes != {tuple(value.shape)}:
+            raise self._refusal(node, "adds values of different shapes, or scaled ones")
+        return tuple(value.shape[1:])
 
     def _check_no_tail(self, layer: Affine) -> None:
         for step in self.found:
@@ -126,7 +181,7 @@ class _Walker:
 
     # ------------------------------------------------------------------ steps; None for one that does nothing
 
-    def _module_step(self, node: fx.Node) -> Step | None:
+    def _module_step(self, node: fx.Node) -> Step | MaxPool | None:
         name, module, kind = self._path(node), self._module(node), type(self._module(node))
         if isinstance(module, nn.Linear) and kind is nn.Linear:
             return self._linear(name, module)
@@ -138,6 +193,10 @@ class _Walker:
             return self._reshape(node)
         if kind is nn.Identity:
             return None
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            return self._channel_scale(node, name, module)
+        if kind in links.MEAN_MODULES or (self.branches and kind in links.MAX_MODULES):
+            return self._pool(node, module)
         if kind in links.TAIL_MODULES:
             return self._tail(node, kind.__name__, links.TAIL_MODULES[kind], dim=module.dim)
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -146,7 +205,7 @@ class _Walker:
             raise self._refusal(node, "is in training mode and drops values at random. Call `model.eval()` first")
         raise self._refusal(node, links.why_refused(module))
 
-    def _function_step(self, node: fx.Node) -> Step | None:
+    def _function_step(self, node: fx.Node) -> Step | MaxPool | None:
         target = node.target
         if target in links.RESHAPE_CALLS:
             return self._reshape(node)
@@ -155,6 +214,8 @@ class _Walker:
             return replace(activation, name=self._path(node), input_shape=self._shape)
         if target in links.TAIL_CALLS:
             return self._tail(node, _call_name(node), links.TAIL_CALLS[target], *node.args[1:], **node.kwargs)
+        if target in links.MEAN_CALLS or (self.branches and target in links.MAX_CALLS):
+            return self._pool(node, self._call_alone(node))
         if target in (F.dropout, torch.dropout):
             options = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
             if options.get("training", True) is False or options.get("p", 0.5) == 0:
@@ -187,6 +248,61 @@ class _Walker:
         if value.ndim < 2 or value.shape[0] != 2:
             raise self._refusal(node, "mixes the examples of a batch. Keep the first dimension, as `x.flatten(1)` does")
         return Reshape(name=self._path(node), input_shape=self._shape, output_shape=tuple(value.shape[1:]))
+
+    def _channel_scale(self, node: fx.Node, name: str, module: nn.modules.batchnorm._BatchNorm) -> ChannelScale:
+        training = module.training and self.gradient.train_mode != "eval"
+        if training or module.running_mean is None or module.running_var is None:
+            raise self._refusal(node, links.why_refused(module))
+        if self._shape[0] != module.num_features:
+            raise InputError(
+                f"Layer {name!r} ({_name(module)}) takes {module.num_features} channels, but `input_shape` "
+                f"{self.input_shape} brings it {self._shape}. Check `input_shape`."
+            )
+        return ChannelScale(
+            name=name,
+            kind=_name(module),
+            mean=self.names[id(module.running_mean)],
+            variance=self.names[id(module.running_var)],
+            weight=None if module.weight is None else self._parameter(name, "weight", module.weight),
+            bias=None if module.bias is None else self._parameter(name, "bias", module.bias),
+            eps=module.eps,
+            input_shape=self._shape,
+        )
+
+    def _pool(self, node: fx.Node, function: Any) -> MeanPool | MaxPool | None:
+        """A pooling, mean or maximum; `None` if its windows are single pixels. `function`: of a batch."""
+        target = self._module(node) if node.op == "call_module" else node.target
+        mean = isinstance(target, links.MEAN_MODULES) or target in links.MEAN_CALLS
+        try:
+            value = self._evaluate(node)
+        except (RuntimeError, IndexError, TypeError) as error:
+            raise self._refusal(node, f"fails on pictures of shape {self._shape} ({error})") from error
+        shape = tuple(value.shape[1:]) if isinstance(value, Tensor) and value.ndim > 1 else ()
+        if len(self._shape) != 3 or value.shape[:2] != (2, self._shape[0]):
+            raise self._refusal(node, links.REFUSED_CALLS.get(target) or "pools something else than a picture")
+        adaptive = isinstance(target, nn.AdaptiveAvgPool2d) or target is F.adaptive_avg_pool2d
+        if shape == self._shape and adaptive:
+            return None
+        kind = _name(target) if isinstance(target, nn.Module) else _call_name(node)
+        common = {"name": self._path(node), "kind": kind}
+        if not mean:
+            return MaxPool(**common, function=function, input_shape=self._shape, output_shape=shape)
+        count = shape[1] * shape[2] if len(shape) == 3 else 1
+        divides = adaptive and all(n % m == 0 for n, m in zip(self._shape[1:], shape[1:], strict=True))
+        disjoint = count == 1 or divides
+        if isinstance(target, nn.AvgPool2d):
+            kernel, stride = _both(target.kernel_size), _both(target.stride)
+            disjoint = all(k <= s for k, s in zip(kernel, stride, strict=True))
+        return MeanPool(**common, function=function, input_shape=self._shape, output_shape=shape, disjoint=disjoint)
+
+    def _call_alone(self, node: fx.Node) -> Any:
+        """The call as a function of its first argument, the others as they were given."""
+        args, kwargs = fx.node.map_arg((node.args[1:], node.kwargs), lambda n: self.values[n])
+        kwargs = {n: v for n, v in kwargs.items() if n != "input"}
+        if node.op == "call_method":
+            return lambda x: getattr(x, str(node.target))(*args, **kwargs)
+        target: Any = node.target
+        return lambda x: target(x, *args, **kwargs)
 
     def _linear(self, name: str, module: nn.Linear) -> Affine:
         if self._shape != (module.in_features,):
@@ -329,6 +445,10 @@ def _call_name(node: fx.Node) -> str:
 def _pair(value: Sequence[int]) -> tuple[int, int]:
     height, width = value
     return int(height), int(width)
+
+
+def _both(value: Any) -> tuple[int, int]:
+    return (int(value), int(value)) if isinstance(value, int) else _pair(value)
 
 
 def _padding(module: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int]]:

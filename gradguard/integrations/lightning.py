@@ -16,6 +16,7 @@ from gradguard.errors import InputError
 from gradguard.gradients import Gradient, LossFunction, LossGradient, add, norm
 from gradguard.guard import Guard
 from gradguard.jacobian import InputJacobian
+from gradguard.leakage import rank_check
 from gradguard.report import LeakageReport
 from gradguard.report.leakage_report import Case
 
@@ -37,6 +38,8 @@ class GradGuard(Callback):
     `exact`: measure I2F itself and not only its lower bound. `tolerance`, `confidence`: of the lower bound, see
     `gradguard.leakage.influence_lower_bound`; for a bound at every step, `confidence=None` and a tolerance of 0.3 take
     a few products each, started from the step before.
+    `rank`: analyse the architecture at the first batch (seconds to a minute, see `gradguard.leakage.rank_check`): warn
+    if every layer gives its input away in closed form, and log `rank_index`, the same at every measurement.
     `log_pictures`: send the reconstructions to loggers that take pictures. They are private data: off by default.
     `seed`: of the noise and of the attacks' starts.
 
@@ -62,6 +65,7 @@ class GradGuard(Callback):
         exact: bool = False,
         tolerance: float = 0.1,
         confidence: float | None = 0.999,
+        rank: bool = False,
         log_pictures: bool = False,
         seed: int = 0,
     ) -> None:
@@ -84,6 +88,7 @@ class GradGuard(Callback):
         self.exact = exact
         self.tolerance = tolerance
         self.confidence = confidence
+        self.rank = rank
         self.log_pictures = log_pictures
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = 0
@@ -93,6 +98,7 @@ class GradGuard(Callback):
         self._checked = False
         self._compared = 0
         self._vectors: Tensor | None = None
+        self._rank_index: float | None = None
 
     # ------------------------------------------------------------------ Lightning's moments
 
@@ -135,6 +141,11 @@ class GradGuard(Callback):
             self._batches.clear()
             self._stepped = False
         inputs, targets = self.unpack(batch)
+        if self.rank and self._rank_index is None:
+            check = rank_check(self._function(pl_module).model, inputs.shape[1:])
+            self._rank_index = check.analysis.index
+            if not check.fine:
+                warnings.warn(f"Rank analysis of the architecture: {'; '.join(check.reasons)}.", stacklevel=2)
         self._batches.append((inputs.detach(), targets.detach()))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -229,6 +240,8 @@ class GradGuard(Callback):
         }
         if self.exact:
             values["predicted_error"] = found.predicted_error.min()
+        if self._rank_index is not None:
+            values["rank_index"] = torch.tensor(self._rank_index)
         _log(pl_module, values)
 
     def _verify(

@@ -1,14 +1,16 @@
 """Numbers about what leaks: influence and its bound, the spectrum of `J J^T`, floors under an attacker's error, ranks,
 labels, reconstruction quality."""
 
+from gradguard.leakage.advice import Advice, advice
 from gradguard.leakage.fidelity import Fidelity, fidelity
 from gradguard.leakage.floors import Floor, bayes_floor, cramer_rao_floor
 from gradguard.leakage.influence import Influence, InfluenceBound, influence, influence_lower_bound
 from gradguard.leakage.labels import LabelRecovery, count_labels, label_recovery
-from gradguard.leakage.rank import LayerRank, RankAnalysis, rank_analysis
+from gradguard.leakage.rank import LayerRank, RankAnalysis, RankCheck, rank_analysis, rank_check
 from gradguard.leakage.spectrum import SpectralDensity, Spectrum, spectral_density, spectrum
 
 __all__ = [
+    "Advice",
     "Fidelity",
     "Floor",
     "Influence",
@@ -16,8 +18,10 @@ __all__ = [
     "LabelRecovery",
     "LayerRank",
     "RankAnalysis",
+    "RankCheck",
     "SpectralDensity",
     "Spectrum",
+    "advice",
     "bayes_floor",
     "count_labels",
     "cramer_rao_floor",
@@ -26,6 +30,7 @@ __all__ = [
     "influence_lower_bound",
     "label_recovery",
     "rank_analysis",
+    "rank_check",
     "spectral_density",
     "spectrum",
 ]

@@ -1,12 +1,14 @@
 """Rank analysis: what a gradient determines about each layer's input, from the architecture alone.
 
 Source: Zhu & Blaschko 2021 (arXiv 2010.07733), section 4. Differs from the paper in: the constraints are ranked, not
-counted (weight and gradient constraints overlap, so a count promises too much), and padding is no unknown.
+counted (weight and gradient constraints overlap, so a count promises too much), and padding is no unknown; a layer is
+called not recoverable only if the gradients of the layers before it cannot make up for what it lacks either.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -14,15 +16,16 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gradguard.chain import Activation, Affine, Chain, walk
+from gradguard.chain import Activation, Affine, ChannelScale, Graph, MaxPool, MeanPool, Sum, Tail, walk_graph
 from gradguard.errors import InputError
 from gradguard.gradients import Gradient, LossGradient
-from gradguard.leakage.constraint_rank import ConstraintRank
+from gradguard.leakage.constraint_rank import ConstraintRank, pool_rank
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Verdict = Literal["closed form", "optimisation only", "not recoverable", "unknown"]
+_AROUND = "the input goes another way as well, whose constraints are not counted"
 _FROM_BEST_TO_WORST: tuple[Verdict, ...] = ("closed form", "unknown", "optimisation only", "not recoverable")
 
 
@@ -30,19 +33,25 @@ _FROM_BEST_TO_WORST: tuple[Verdict, ...] = ("closed form", "unknown", "optimisat
 class LayerRank:
     """What is known about the input of one layer, once its output and the loss's derivative by it are known.
 
-    `name`: the module's path; `unknowns`: elements of the input; `outputs`: weight constraints `W x = z`; `weights`:
-    gradient constraints `grad W = k (*) x` (0 for a frozen weight). `rank_weights`, `rank_gradients`, `rank`: the ranks
-    of each kind and of both stacked, `None` where not computed. `deficit`: unknowns that neither determines.
-    `virtual_constraints`: what the layer can owe to earlier ones at most, `max(0, |x_i| - min_{j<i} |x_j|)`.
-    `verdict`: "closed form" (no deficit), "optimisation only" (the deficit is within the virtual constraints, which
-    only an attack on all layers together can use), "not recoverable", or "unknown".
-    `blocking_filters`: the most filters with which the count alone leaves the layer short, the rest of the model
-    unchanged; `None` if no number does. `method`: how `rank` was found: "exact", or "estimated" from random probes.
-    `note`: what the verdict assumes.
+    The layer is a Linear, a Conv2d, or an average pooling (which has no weights, hence no gradient constraints).
+
+    `name`: the module's path; `filters`: its output channels; `unknowns`: elements of the input; `outputs`: weight
+    constraints `W x = z`; `weights`: gradient constraints `grad W = k (*) x` (0 for a frozen weight). `rank_weights`,
+    `rank_gradients`, `rank`: the ranks of each kind and of both stacked, `None` where not computed. `deficit`: unknowns
+    that neither determines. `virtual_constraints`: what the layer can owe to earlier ones at most, `max(0, |x_i| -
+    min_{j<i} |x_j|)`. `earlier_gradients`: elements of the gradient that belong to earlier layers, which an attack on
+    all layers together can use as well. `verdict`: "closed form" (no deficit), "not recoverable" (`rank +
+    earlier_gradients` is below the elements of the model's input, so that some change of the input changes nothing that
+    is sent, to first order), "optimisation only" (in between: at best an attack on all layers together), or "unknown".
+    `rank_bound`: what the count says that `rank` is at most. `inevitable`: whether every way from the model's input to
+    its output goes through the layer (not so inside of a residual block). `blocking_filters`: the most filters with
+    which the count alone leaves the layer short, the rest of the model unchanged; `None` if no number does. `method`:
+    how `rank` was found: "exact", or "estimated" from random probes. `note`: what the verdict assumes.
     """
 
     name: str
     kind: str
+    filters: int
     unknowns: int
     outputs: int
     weights: int
@@ -51,15 +60,23 @@ class LayerRank:
     rank: int | None
     deficit: int | None
     virtual_constraints: int
+    earlier_gradients: int
     verdict: Verdict
     blocking_filters: int | None
     method: Literal["exact", "estimated", "not computed"]
+    rank_bound: int
+    inevitable: bool = True
     note: str = ""
+
+    @property
+    def least_deficit(self) -> int:
+        """`deficit`, or where it was not computed what the count alone leaves open."""
+        return self.unknowns - self.rank_bound if self.deficit is None else self.deficit
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankAnalysis:
-    """`layers`: one `LayerRank` per Linear and Conv2d, first to last. `model`: its class; `input_shape`."""
+    """`layers`: one `LayerRank` per Linear, Conv2d and average pooling, first to last. `model`: its class."""
 
     model: str
     input_shape: tuple[int, ...]
@@ -75,10 +92,25 @@ class RankAnalysis:
         """The layers that stop the closed form."""
         return tuple(layer for layer in self.layers if layer.verdict != "closed form")
 
+    @property
+    def index(self) -> float:
+        """The largest share of a layer's unknowns that its constraints leave open, from 0 (closed form) to 1.
+
+        Of the layers that no path goes around. Of one that was not computed, what the count alone leaves open. The
+        paper's measure, the deficit (Zhu & Blaschko 2021, section 4), made comparable between architectures. It speaks
+        of the closed form: an attack on all layers together can do with a layer that is short, see `verdict`.
+        """
+        return max((layer.least_deficit / layer.unknowns for layer in self.layers if layer.inevitable), default=0.0)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings."""
-        layers = [asdict(layer) for layer in self.layers]
-        return {"model": self.model, "input_shape": list(self.input_shape), "verdict": self.verdict, "layers": layers}
+        return {
+            "model": self.model,
+            "input_shape": list(self.input_shape),
+            "verdict": self.verdict,
+            "index": self.index,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """`to_dict` as JSON."""
@@ -89,7 +121,7 @@ class RankAnalysis:
         from rich.console import Console
         from rich.table import Table
 
-        title = f"Rank analysis of {self.model}, input {self.input_shape}: {self.verdict}"
+        title = f"Rank analysis of {self.model}, input {self.input_shape}: {self.verdict}, index {self.index:.3f}"
         table = Table(title=title, box=None, padding=(0, 1, 0, 0), pad_edge=False)  # 80 columns wide
         table.add_column("layer", overflow="fold")
         for name in ("unknowns", "outputs", "weights", "rk W", "rk K", "rk A", "deficit", "virtual"):
@@ -102,6 +134,8 @@ class RankAnalysis:
             texts += ["-" if c is None else f"{about}{c}" for c in (layer.rank, layer.deficit)]
             table.add_row(layer.name, *texts, str(layer.virtual_constraints), layer.verdict)
         console = Console(file=file)
+        if (width := console.measure(table).maximum) > console.width:  # large layers with long names
+            console = Console(file=file, width=min(width, 120))
         console.print(table)
         for note in dict.fromkeys(layer.note for layer in self.layers if layer.note):
             names = ", ".join(layer.name for layer in self.layers if layer.note == note)
@@ -149,28 +183,72 @@ def rank_analysis(
     the deficit (exact if nothing is, else an estimate with a relative error of about `sqrt(2 / (deficit * probes))`).
     `probes`: how many. `generator`: the random numbers (default: the same ones each time).
 
-    Activations that are not one-to-one (ReLU) are let through and noted. Raises `UnsupportedModelError` for a model
-    that is no chain of layers (see `gradguard.chain`).
+    What the recursion cannot go through is let through on terms that favour the attacker, and noted: of ReLU and
+    maximum pooling the zeros and the maxima's positions count as known, and the outputs that do not pass give no
+    equation; of a sum (a residual block) both summands count as known, so that such a layer is "optimisation only" at
+    best. Batch normalisation is that of eval mode.
+
+    Raises `UnsupportedModelError` for a model made of anything else (see `gradguard.chain`).
     """
     if max_unknowns < 1 or probes < 1:
         raise InputError(f"`max_unknowns` and `probes` must be at least 1, got {max_unknowns} and {probes}.")
     gradient = LossGradient(model, _no_loss, dtype=torch.float64, train_mode="eval")
-    chain = walk(gradient, input_shape)
-    trainable = gradient.parameters().keys()
+    graph = walk_graph(gradient, input_shape)
+    trainable = gradient.parameters()
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    parameters = _random_parameters(chain, generator)
-    derivatives = _random_derivatives(chain, parameters, generator)
+    parameters = _random_parameters(graph, generator)
+    derivatives = _random_derivatives(graph, parameters, generator)
+    places = [_Place.of(graph, i, trainable) for i, s in enumerate(graph.steps) if isinstance(s, Affine | MeanPool)]
     rows = []
-    for number, index in enumerate(chain.affine_indices):
-        layer = chain.steps[index]
-        assert isinstance(layer, Affine)
-        earlier = [before.unknowns for before in chain.layers[:number]]
-        virtual = max(0, layer.unknowns - min(earlier)) if earlier else 0
+    for place in places:
+        step = graph.steps[place.index]
+        if isinstance(step, MeanPool):
+            rows.append(_pool_rank(step, place, max_unknowns))
+            continue
+        assert isinstance(step, Affine)
+        k = derivatives[place.index]
         ranks = ConstraintRank(
-            layer, parameters[layer.weight], derivatives[index], sent=layer.weight in trainable, limit=max_unknowns
+            step,
+            parameters[step.weight],
+            k,
+            sent=step.weight in trainable,
+            limit=max_unknowns,
+            known=k != 0 if place.hidden else None,
         )
-        rows.append(_layer_rank(ranks, virtual, _note(chain, index), probes, generator))
-    return RankAnalysis(model=type(model).__name__, input_shape=chain.input_shape, layers=tuple(rows))
+        rows.append(_layer_rank(ranks, place, probes, generator))
+    return RankAnalysis(model=type(model).__name__, input_shape=graph.input_shape, layers=tuple(rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankCheck:
+    """`fine`: whether the closed form is stopped somewhere; `reasons`: in words; `analysis`: what it follows from."""
+
+    fine: bool
+    reasons: tuple[str, ...]
+    analysis: RankAnalysis
+
+
+def rank_check(
+    model: nn.Module, input_shape: Sequence[int], *, min_index: float = 0.0, max_unknowns: int = 4096
+) -> RankCheck:
+    """Before training: does the architecture itself stop the closed form, and by more than `min_index`?
+
+    Not fine if every layer's input follows in closed form, if that is unknown, or if the index is below `min_index`.
+    Fine means no more than that: an attack on all layers together may still succeed, see `RankAnalysis.verdict`.
+    Raises what `rank_analysis` raises.
+    """
+    if not 0 <= min_index <= 1:
+        raise InputError(f"`min_index` must be between 0 and 1, got {min_index}.")
+    analysis = rank_analysis(model, input_shape, max_unknowns=max_unknowns)
+    reasons = []
+    if analysis.verdict == "closed form":
+        reasons.append("every layer gives its input away in closed form (R-GAP)")
+    elif analysis.verdict == "unknown":
+        names = ", ".join(repr(layer.name) for layer in analysis.layers if layer.verdict == "unknown")
+        reasons.append(f"whether the closed form is stopped was too large to compute for {names}")
+    if analysis.index < min_index:
+        reasons.append(f"the rank index is {analysis.index:.3f}, below {min_index:g}")
+    return RankCheck(fine=not reasons, reasons=tuple(reasons), analysis=analysis)
 
 
 def _no_loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -178,93 +256,219 @@ def _no_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return outputs.sum()
 
 
-def _random_parameters(chain: Chain, generator: torch.Generator) -> Gradient:
+def _random_parameters(graph: Graph, generator: torch.Generator) -> Gradient:
     """Weights and biases in general position, of a size that keeps activations away from saturation."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
     parameters = {}
-    for layer in chain.layers:
-        taps = layer.kernel[0] * layer.kernel[1]
-        shape: tuple[int, ...] = (layer.filters, layer.input_shape[0] // layer.groups)
-        shape = shape if layer.kind == "Linear" else (*shape, *layer.kernel)
-        weight = torch.randn(shape, generator=generator, dtype=torch.float64)
-        parameters[layer.weight] = weight / (shape[1] * taps) ** 0.5
-        if layer.bias is not None:
-            parameters[layer.bias] = 0.1 * torch.randn(layer.filters, generator=generator, dtype=torch.float64)
+    for step in graph.steps:
+        if isinstance(step, Affine):
+            shape: tuple[int, ...] = (step.filters, step.input_shape[0] // step.groups)
+            shape = shape if step.kind == "Linear" else (*shape, *step.kernel)
+            parameters[step.weight] = random(*shape) / step.taps**0.5
+            if step.bias is not None:
+                parameters[step.bias] = 0.1 * random(step.filters)
+        elif isinstance(step, ChannelScale):
+            channels = step.input_shape[0]
+            parameters[step.mean], parameters[step.variance] = 0.1 * random(channels), 1 + 0.1 * random(channels) ** 2
+            if step.weight is not None:
+                parameters[step.weight] = 1 + 0.1 * random(channels)
+            if step.bias is not None:
+                parameters[step.bias] = 0.1 * random(channels)
     return parameters
 
 
-def _random_derivatives(chain: Chain, parameters: Gradient, generator: torch.Generator) -> dict[int, Tensor]:
+def _random_derivatives(graph: Graph, parameters: Gradient, generator: torch.Generator) -> dict[int, Tensor]:
     """`k = dl/dz` at the output of each layer, by its index: random at the top, the chain rule below."""
-    x = torch.rand(chain.input_shape, generator=generator, dtype=torch.float64)
-    values = []
-    last = chain.affine_indices[-1]
-    for step in chain.steps[: last + 1]:
-        values.append(x)
-        x = step(x, parameters)
-    k = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    found = {}
-    for index in range(last, -1, -1):
-        step = chain.steps[index]
-        if isinstance(step, Affine):
-            found[index] = k
-            k = step.backward(k, parameters)
-        elif isinstance(step, Activation):
-            k = k * step.derivative(values[index])
-        else:
-            k = k.reshape(step.input_shape)
-    return found
+    x = torch.rand(graph.input_shape, generator=generator, dtype=torch.float64)
+    values = graph.values(x.requires_grad_(), parameters)
+    outputs = [values[i] for i in graph.affine_indices]
+    top = values[-1] if not isinstance(graph.steps[-1], Tail) else values[graph.sources[-1][0]]
+    k = torch.randn(top.shape, generator=generator, dtype=torch.float64)
+    found = torch.autograd.grad(top, outputs, k)
+    return dict(zip(graph.affine_indices, found, strict=True))
 
 
-def _note(chain: Chain, index: int) -> str:
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where in a model a layer is, as far as its verdict depends on it.
+
+    `index`: of the step; `hidden`: whether a ReLU or a maximum pooling follows, which hides some of its outputs;
+    `summed`: whether its output is known as part of a sum only; `earlier_gradients`, `virtual`: as in `LayerRank`;
+    `inputs`: elements of the model's input; `inevitable`: whether every path from the input goes through the layer;
+    `note`: what the ranks take for granted.
+    """
+
+    index: int
+    hidden: bool
+    summed: bool
+    virtual: int
+    earlier_gradients: int
+    inputs: int
+    inevitable: bool
+    note: str
+
+    @classmethod
+    def of(cls, graph: Graph, index: int, trainable: Gradient) -> _Place:
+        """`trainable`: the parameters whose gradients are sent, by name."""
+        step = graph.steps[index]
+        before = graph.dominators[index] - {index}
+        widths = [math.prod(graph.input_shape), *(math.prod(graph.steps[i].output_shape) for i in before)]
+        names = [
+            name
+            for earlier in graph.steps[:index]
+            if isinstance(earlier, Affine | ChannelScale)
+            for name in (earlier.weight, earlier.bias)
+        ]
+        following = _following(graph, index)
+        inevitable = index in graph.dominators[-1]
+        around = "" if inevitable or not _shares_input(graph, index) else _AROUND
+        flat = [s for s in following if isinstance(s, MaxPool) or (isinstance(s, Activation) and s.flat)]
+        return cls(
+            index=index,
+            hidden=bool(flat),
+            summed=any(isinstance(s, Sum) for s in following),
+            virtual=max(0, math.prod(step.input_shape) - min(widths)),
+            earlier_gradients=sum(trainable[n].numel() for n in names if n in trainable),
+            inputs=widths[0],
+            inevitable=inevitable,
+            note="; ".join(filter(None, (_note(following), around))),
+        )
+
+
+def _shares_input(graph: Graph, index: int) -> bool:
+    """Whether the layer's input, up to what can be undone, is also the input of something else."""
+    while True:
+        (source,) = graph.sources[index]
+        if source < 0:
+            return sum(-1 in sources for sources in graph.sources) > 1
+        if len(graph.consumers[source]) > 1:
+            return True
+        if isinstance(graph.steps[source], Affine | MeanPool | Sum):
+            return False
+        index = source
+
+
+def _following(graph: Graph, index: int) -> list[Any]:
+    """The steps that the value of a step goes through until the next layers, sums only if no way avoids them."""
+    direct, reached = _until_layers(graph, index, sums=False)
+    if not reached:
+        direct, reached = _until_layers(graph, index, sums=True)
+    return direct if reached else []  # behind the last layer is nothing but the loss
+
+
+def _until_layers(graph: Graph, index: int, *, sums: bool) -> tuple[list[Any], bool]:
+    """The steps between a step and the next layers, and whether there is a next one. `sums`: go on behind them."""
+    consumers = graph.consumers
+    found: set[int] = set()
+    waiting, reached = list(consumers[index]), False
+    while waiting:
+        place = waiting.pop()
+        step = graph.steps[place]
+        if isinstance(step, Affine | MeanPool):
+            reached = True
+        elif place not in found and (sums or not isinstance(step, Sum)):
+            found.add(place)
+            waiting += consumers[place]
+    return [graph.steps[i] for i in sorted(found)], reached
+
+
+def _note(following: list[Any]) -> str:
     """What the ranks take for granted about the layer's output."""
-    following = chain.affine_indices[chain.affine_indices.index(index) + 1 :]
-    between = chain.steps[index + 1 : following[0]] if following else ()
-    hidden = [s for s in between if isinstance(s, Activation) and not s.invertible]
-    if not hidden:
-        return ""
-    return f"{hidden[0].kind} is not one-to-one and hides part of the output, which the verdict takes as known"
+    notes = []
+    for step in following:
+        if isinstance(step, Activation) and step.flat:
+            notes.append(f"{step.kind} is not one-to-one: outputs that it cuts off give no equation")
+        elif isinstance(step, Activation) and not step.invertible:
+            notes.append(
+                f"{step.kind} is not one-to-one and hides part of the output, which the verdict takes as known"
+            )
+        elif isinstance(step, MaxPool):
+            notes.append(f"{step.kind} is taken to tell where the maxima were; other outputs give no equation")
+        elif isinstance(step, Sum):
+            notes.append("the output is known as part of a sum only, which the ranks take as separated")
+    return "; ".join(dict.fromkeys(notes))
 
 
-def _layer_rank(ranks: ConstraintRank, virtual: int, note: str, probes: int, generator: torch.Generator) -> LayerRank:
+def _layer_rank(ranks: ConstraintRank, place: _Place, probes: int, generator: torch.Generator) -> LayerRank:
     layer = ranks.layer
     method: Literal["exact", "estimated", "not computed"] = "exact"
+    bound = layer.rank_bound(gradients=ranks.sent, known=ranks.known)
     rank = ranks.rank
     if rank is None:
         missing = ranks.probed_deficit(probes, generator)
         method = "not computed" if missing is None else "exact" if missing == 0 else "estimated"
         rank = None if missing is None else layer.unknowns - round(missing)
-    deficit = None if rank is None else layer.unknowns - rank
-    verdict = _verdict(deficit, virtual, layer.unknowns - layer.rank_bound(gradients=ranks.sent))
-    if method == "estimated" and deficit and abs(deficit - virtual) < 3 * (2 * deficit / probes) ** 0.5:
-        verdict = "unknown"
+    # How many outputs a ReLU hides is another number for each picture and training step: claim nothing from it.
+    sure = layer.rank_bound(gradients=ranks.sent) if place.hidden else bound
+    uncertainty = 0.0
+    if rank is not None and method == "estimated":
+        uncertainty = 3 * (2 * (layer.unknowns - rank) / probes) ** 0.5
     return LayerRank(
         name=layer.name,
         kind=layer.kind,
+        filters=layer.filters,
         unknowns=layer.unknowns,
-        outputs=layer.outputs,
+        outputs=layer.outputs if ranks.known is None else int(ranks.known.sum()),
         weights=layer.num_weights if ranks.sent else 0,
         rank_weights=ranks.rank_weights,
         rank_gradients=ranks.rank_gradients,
         rank=rank,
-        deficit=deficit,
-        virtual_constraints=virtual,
-        verdict=verdict,
+        deficit=None if rank is None else layer.unknowns - rank,
+        virtual_constraints=place.virtual,
+        earlier_gradients=place.earlier_gradients,
+        verdict=_verdict(place, layer.unknowns, rank, bound, uncertainty, sure),
         blocking_filters=_blocking_filters(layer, ranks.sent),
         method=method,
-        note=note,
+        rank_bound=bound,
+        inevitable=place.inevitable,
+        note=place.note,
     )
 
 
-def _verdict(deficit: int | None, virtual: int, least: int) -> Verdict:
-    """`deficit`: `None` if unknown, then at least `least`."""
-    if deficit is None:
-        return "not recoverable" if least > virtual else "unknown"
-    if deficit == 0:
-        return "closed form"
-    return "optimisation only" if deficit <= virtual else "not recoverable"
+def _pool_rank(pool: MeanPool, place: _Place, limit: int) -> LayerRank:
+    rank = pool_rank(pool, limit=limit)
+    bound = min(pool.unknowns, pool.outputs)
+    return LayerRank(
+        name=pool.name,
+        kind=pool.kind,
+        filters=pool.output_shape[0],
+        unknowns=pool.unknowns,
+        outputs=pool.outputs,
+        weights=0,
+        rank_weights=rank,
+        rank_gradients=0,
+        rank=rank,
+        deficit=None if rank is None else pool.unknowns - rank,
+        virtual_constraints=place.virtual,
+        earlier_gradients=place.earlier_gradients,
+        verdict=_verdict(place, pool.unknowns, rank, bound, 0.0, bound),
+        blocking_filters=None,
+        method="not computed" if rank is None else "exact",
+        rank_bound=bound,
+        inevitable=place.inevitable,
+        note=place.note,
+    )
+
+
+def _verdict(place: _Place, unknowns: int, rank: int | None, bound: int, uncertainty: float, sure: int) -> Verdict:
+    """`rank`: `None` if unknown, then at most `bound`; `uncertainty`: of `rank`; `sure`: what it never exceeds."""
+    most = bound if rank is None else rank
+    if most < unknowns:
+        # What is sent depends on the input through this layer's constraints and the earlier layers' gradients only.
+        spare = (sure if place.hidden else most) + place.earlier_gradients - place.inputs
+        if place.inevitable and abs(spare) < uncertainty:
+            return "unknown"
+        return "not recoverable" if place.inevitable and spare < 0 else "optimisation only"
+    if rank is None:
+        return "unknown"
+    return "optimisation only" if place.summed else "closed form"
 
 
 def _blocking_filters(layer: Affine, sent: bool) -> int | None:
-    """The most filters with which the counting bound stays below the unknowns."""
+    """The most filters with which the counting bound stays below the unknowns, all outputs known."""
     width = layer.outputs // layer.filters + layer.input_shape[0] * layer.kernel[0] * layer.kernel[1]
     most = None
     for filters in range(layer.groups, layer.groups * width + 1, layer.groups):

@@ -192,6 +192,108 @@ def test_twins_are_told_apart_by_the_value_range_only(digit_pictures):
     assert float(ratio[x > 0].mean()) == pytest.approx(0.3, abs=0.15)
 
 
+# ---------------------------------------------------------------------- ReLU, batch normalisation, pooling
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("index", range(3))
+def test_relu_hides_half_of_the_outputs_and_the_rest_is_enough(digit_pictures, activation, dtype, index):
+    x, y = digit_pictures.images[index : index + 1], digit_pictures.labels[index : index + 1]
+    model = seeded(lambda: models.digits_convnet(activation="relu"), index)
+    if activation == "relu6":
+        model[1] = model[3] = nn.ReLU6()
+        with torch.no_grad():
+            model[0].weight.mul_(20)  # the upper end is reached too
+            assert (model[0](x) > 6).any()
+    result = RGAP()(observe(model, CE, x, y, dtype=dtype, labels=False))
+    assert psnr(result.inputs, x) > (120 if dtype == torch.float64 else 60)
+    assert result.converged
+    assert (result.details["short"], result.details["note"]) == ([], "")
+    rows = result.details["layers"]
+    with torch.no_grad():
+        values = [model[:2](x), model[:4](x)]
+    zero = [int(((v == 0) | (v == 6)).sum()) for v in values]
+    assert [row["hidden"] for row in rows] == zero[::-1]
+    assert [row["weight_constraints"] + row["hidden"] for row in rows] == [512, 1024]
+
+
+def test_a_layer_that_relu_leaves_short_is_named(digit_pictures):
+    """1 x 1 filters: 3 x 64 outputs would determine 64 pixels, but no output is positive where the picture is dark."""
+    x, y = digit_pictures.images[3:4], digit_pictures.labels[3:4]
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(192, 10)))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[0].bias.fill_(-0.5)
+    result = RGAP()(observe(model, CE, x, y))
+    bright = int((x > 0.5).sum())
+    row = result.details["layers"][0]
+    assert row["weight_constraints"] == 3 * bright
+    assert torch.allclose(result.inputs[x > 0.5], x[x > 0.5].double(), atol=1e-9)  # what is not hidden comes back
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[0].bias.fill_(-0.5)
+    result = RGAP()(observe(model, CE, x, y))
+    assert result.details["short"] == ["0"]
+    assert f"'0' (at least {64 - bright})" in result.details["note"]
+    assert not result.converged
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_batch_normalisation_in_eval_mode_is_a_step(digit_pictures, frozen):
+    x, y = digit_pictures.images[3:4], digit_pictures.labels[3:4]
+    model = seeded(models.digits_convnet)
+    norms = nn.BatchNorm2d(16), nn.BatchNorm2d(32)
+    for norm in norms:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        with torch.no_grad():
+            norm.weight.uniform_(-2, 2)
+            norm.bias.normal_()
+        norm.requires_grad_(not frozen)
+    model = nn.Sequential(model[0], norms[0], *model[1:3], nn.Identity(), norms[1], *model[3:]).eval()
+    result = RGAP()(observe(model, CE, x, y, labels=False))
+    assert psnr(result.inputs, x) > 120
+    assert result.converged
+    assert torch.equal(result.labels, y)
+
+
+def test_average_pooling_leaves_its_input_short_and_the_attack_says_so(digit_pictures):
+    x, y = digit_pictures.images[3:4], digit_pictures.labels[3:4]
+    conv = nn.Conv2d(1, 16, 3, padding=1)
+    model = seeded(lambda: nn.Sequential(conv, nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(256, 10)))
+    result = RGAP()(observe(model, CE, x, y))
+    rows = {row["layer"]: row for row in result.details["layers"]}
+    assert (rows["2"]["unknowns"], rows["2"]["rank_bound"]) == (1024, 256)
+    assert rows["2"]["residual"] < 1e-10
+    assert result.details["short"] == ["2"]
+    assert "'2' (at least 768)" in result.details["note"]
+    assert not result.converged
+
+
+def test_relu_behind_average_pooling_hides_means(digit_pictures):
+    x, y = digit_pictures.images[3:4], digit_pictures.labels[3:4]
+    conv, pool = nn.Conv2d(1, 4, 3, padding=1), nn.AvgPool2d(2)
+    model = seeded(lambda: nn.Sequential(conv, pool, nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)))
+    row = RGAP()(observe(model, CE, x, y)).details["layers"][0]
+    with torch.no_grad():
+        means = pool(conv(x.float())).flatten()
+    assert (row["layer"], row["hidden"], row["rank_bound"]) == ("1", int((means <= 0).sum()), int((means > 0).sum()))
+    assert row["residual"] < 1e-10
+
+
+def test_average_pooling_of_windows_that_overlap_can_be_undone(digit_pictures):
+    """As many means as pixels, and a full rank."""
+    x, y = digit_pictures.images[3:4], digit_pictures.labels[3:4]
+    conv = nn.Conv2d(1, 4, 3, padding=1)
+    pool = nn.AvgPool2d((2, 1), stride=1, padding=(1, 0))  # 9 x 8 means of an 8 x 8 picture
+    model = seeded(lambda: nn.Sequential(conv, nn.Tanh(), pool, nn.Flatten(), nn.Linear(288, 10)))
+    result = RGAP()(observe(model, CE, x, y))
+    assert psnr(result.inputs, x) > 120
+    assert result.converged
+
+
 # ---------------------------------------------------------------------- noise
 
 
@@ -267,9 +369,9 @@ def test_a_model_that_is_no_chain_is_refused_by_name(batch):
         RGAP().check(observe(model, CE, batch[0][:1], batch[1][:1]))
 
 
-def test_relu_below_the_start_is_refused_by_name(batch):
-    model = models.digits_convnet(activation="relu")
-    with pytest.raises(UnsupportedModelError, match=r"'3' \(ReLU\)|'1' \(ReLU\)"):
+def test_what_is_not_one_to_one_below_the_start_is_refused_by_name(batch):
+    model = models.digits_convnet(activation="gelu")
+    with pytest.raises(UnsupportedModelError, match=r"'1' \(GELU\)"):
         RGAP().check(observe(model, CE, batch[0][:1], batch[1][:1]))
 
 

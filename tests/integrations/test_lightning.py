@@ -339,3 +339,12 @@ def test_a_bound_at_every_step_starts_from_the_one_before(tmp_path, monkeypatch)
         assert (after[2].value > 0).all()
     # From a good start it takes fewer products than from nothing.
     assert max(bound.iterations for _, _, bound in seen[1:]) < seen[0][2].iterations
+
+
+def test_the_architecture_is_checked_at_the_first_batch_and_its_index_is_logged(tmp_path):
+    callback = GradGuard(Guard(), every_n_steps=1, rank=True)
+    with pytest.warns(UserWarning, match="every layer gives its input away in closed form"):
+        fit(DigitsModule(), callback, folder=tmp_path, max_steps=2)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {float(row["gradguard/rank_index"]) for row in rows if row.get("gradguard/rank_index")} == {0.0}
