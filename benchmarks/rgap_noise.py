@@ -1,0 +1,127 @@
+"""R-GAP beside DLG under gradient noise and low precision, on the LeNet with tanh and a biased head.
+
+Gaussian noise of a norm relative to the gradient's, and the gradient rounded to float32, float16, bfloat16 and to 8
+bits per tensor (symmetric, by the largest entry). PSNR in [0, 1], median over the pictures; labels known to both. R-GAP
+as it is, and with damping of the noise's own relative size, which an attacker can read off the residuals. `--figure
+FILE` draws the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import benchmark_parser, finish, generator, real_pictures, rows_table
+from gradguard import LossGradient
+from gradguard.attacks import DLG, RGAP, Observation
+from gradguard.data import digits
+from gradguard.gradients import norm
+from gradguard.leakage import fidelity
+from gradguard.models import lenet
+
+Gradient = dict[str, Tensor]
+NOISE = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+def main() -> None:
+    """Every level for every attack."""
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--figure", type=Path, help="draw PSNR against noise to this file")
+    options = parser.parse_args()
+    pictures = real_pictures(options, "mnist_2000")
+    grey = pictures.images if pictures else nn.functional.interpolate(digits().images, size=28, mode="bilinear")
+    count = 2 if options.quick else 5
+    subjects = [subject(options, grey[i : i + 1], i) for i in range(count)]
+    changes: dict[str, tuple[float | None, Callable[[Gradient, int], Gradient]]] = {
+        f"noise {ratio:g}": (ratio, lambda g, i, ratio=ratio: noisy(g, ratio, options, i)) for ratio in NOISE
+    }
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        changes[name] = (None, lambda g, i, dtype=dtype: {n: v.to(dtype).double() for n, v in g.items()})
+    changes["8 bits"] = (None, lambda g, i: {n: eight_bits(v) for n, v in g.items()})
+    rows = [row(options, name, ratio, change, subjects) for name, (ratio, change) in changes.items()]
+    if options.figure:
+        draw(rows, options.figure)
+    finish(options, figures={"noise": rows}, tables=[rows_table("PSNR (dB)", rows)])
+
+
+def subject(options: argparse.Namespace, image: Tensor, index: int) -> tuple[LossGradient, Tensor, Tensor, Gradient]:
+    """A model of its own for each picture, and the true gradient in float64."""
+    torch.manual_seed(options.seed + index)
+    function = LossGradient(lenet(activation="tanh").double().to(options.device), nn.CrossEntropyLoss())
+    x, y = image.double().to(options.device), torch.tensor([index % 10], device=options.device)
+    return function, x, y, function(x, y)
+
+
+def row(
+    options: argparse.Namespace,
+    name: str,
+    ratio: float | None,
+    change: Callable[[Gradient, int], Gradient],
+    subjects: list[tuple[LossGradient, Tensor, Tensor, Gradient]],
+) -> dict[str, Any]:
+    """Median PSNR of each attack at one level."""
+    psnr: dict[str, list[float]] = {"R-GAP": [], "R-GAP, damped": [], "DLG": []}
+    ratios = []
+    for index, (function, x, y, true) in enumerate(subjects):
+        sent = change(true, index)
+        ratios.append(float(norm({n: sent[n] - true[n] for n in true}) / norm(true)))
+        seen = Observation(loss_gradient=function, sent=sent, input_shape=tuple(x.shape[1:]), labels=y)
+        for attack_name, attack in (
+            ("R-GAP", RGAP()),
+            ("R-GAP, damped", RGAP(damping=max(ratios[-1], 1e-12))),
+            ("DLG", DLG(restarts=1)),
+        ):
+            found = attack(seen, generator=generator(options, index))
+            lost = found.inputs is None
+            psnr[attack_name].append(0.0 if lost else min(fidelity(found.inputs, x).psnr.item(), 400.0))
+    return {"change": name, "noise_ratio": ratio or statistics.median(ratios)} | {
+        n: statistics.median(v) for n, v in psnr.items()
+    }
+
+
+def noisy(gradient: Gradient, ratio: float, options: argparse.Namespace, index: int) -> Gradient:
+    """Gaussian noise of `ratio` times the gradient's norm."""
+    drawn = generator(options, 100 + index)
+    noise = {n: torch.randn(g.shape, generator=drawn, dtype=torch.float64).to(g) for n, g in gradient.items()}
+    scale = ratio * norm(gradient) / norm(noise)
+    return {n: g + scale * noise[n] for n, g in gradient.items()}
+
+
+def eight_bits(value: Tensor) -> Tensor:
+    """Rounded to 255 levels, symmetric about zero."""
+    step = value.abs().max() / 127
+    return (value / step).round() * step
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """PSNR against relative noise, one line per attack; low precisions as marks at their own noise."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for attack, color in (("R-GAP", "tab:orange"), ("R-GAP, damped", "tab:green"), ("DLG", "tab:blue")):
+        noise = [r for r in rows if r["change"].startswith("noise")]
+        axes.plot([r["noise_ratio"] for r in noise], [r[attack] for r in noise], "o-", color=color, label=attack)
+        others = [r for r in rows if not r["change"].startswith("noise")]
+        axes.plot([r["noise_ratio"] for r in others], [r[attack] for r in others], "x", color=color)
+        if attack == "DLG":
+            for r in others:
+                axes.annotate(r["change"], (r["noise_ratio"], r[attack]), textcoords="offset points", xytext=(4, 6))
+    axes.set_xscale("log")
+    axes.set_xlabel("noise, relative to the gradient's norm")
+    axes.set_ylabel("PSNR (dB)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""R-GAP's speed: CNN6 in float64 against the plain method, and against DLG at equal quality.
+
+The plain method writes each layer's constraints into a dense float32 matrix entry by entry, solves it with NumPy's
+`lstsq`, and finds the scalar at the top by Adam, as the authors' code does. It is timed on the layers that fit into
+`--budget` seconds, smallest system first; the others are extrapolated, entries from the time per entry and solves from
+that per `rows * columns^2`, both taken from the largest layer timed, and the rows of the table say which is which.
+Peak memory is of a process of its own above what it holds before the attack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common import Bar, benchmark_parser, finish, generator, real_pictures, rows_table, seconds
+from gradguard import LossGradient
+from gradguard.attacks import DLG, RGAP, Observation
+from gradguard.chain import Affine, walk
+from gradguard.data import photos
+from gradguard.leakage import fidelity
+from gradguard.models import cnn6, lenet
+
+LOSS = nn.BCEWithLogitsLoss()
+
+
+def main() -> None:
+    """Time both, and extrapolate what does not fit."""
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--budget", type=float, default=None, help="seconds for the plain method (default 90 or 900)")
+    options = parser.parse_args()
+    budget = options.budget or (90.0 if options.quick else 900.0)
+    observation, picture = problem(options)
+    ours, quality = [], 0.0
+    for _ in range(3 if options.quick else 7):
+        found, elapsed = seconds(lambda: RGAP()(observation), device=options.device)
+        ours.append(elapsed)
+        quality = fidelity(found.inputs, picture).psnr.item()
+    layers = plain_layers(observation, budget)
+    scalar = plain_scalar(observation)
+    plain = scalar + sum(r["fill_seconds"] + r["solve_seconds"] for r in layers)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        peak = pool.apply(_peak_memory, (options,))
+    matching = against_dlg(options)
+    summary = {
+        "rgap_seconds": statistics.median(ours),
+        "rgap_psnr": quality,
+        "rgap_peak_MiB": peak,
+        "plain_seconds": plain,
+        "plain_scalar_seconds": scalar,
+        "plain_largest_matrix_MiB": max(r["matrix_MiB"] for r in layers),
+        "plain_share_timed": sum(r["fill_seconds"] + r["solve_seconds"] for r in layers if r["timed"]) / plain,
+    }
+    bars = [
+        Bar("R-GAP on CNN6, times faster than the plain method", plain / summary["rgap_seconds"], 1000.0, "at least"),
+        Bar("R-GAP on CNN6, peak memory (MiB)", peak, 500.0, "at most"),
+        Bar("R-GAP on CNN6, PSNR (dB)", min(quality, 400.0), 120.0, "at least"),
+        Bar("R-GAP over DLG at equal quality, times faster", matching[0]["ratio"], 10.0, "at least"),
+    ]
+    figures = {"summary": [summary], "plain_layers": layers, "against_dlg": matching}
+    finish(options, figures=figures, bars=bars, tables=[rows_table(n, r) for n, r in figures.items()])
+
+
+def problem(options: argparse.Namespace) -> tuple[Observation, Tensor]:
+    """CNN6's gradient of one picture in float64."""
+    pictures = real_pictures(options, "cifar10_2000") or photos(32)
+    torch.manual_seed(options.seed)
+    model = cnn6().double().to(options.device)
+    x, y = pictures.images[:1].double().to(options.device), torch.ones(1, 1, dtype=torch.float64).to(options.device)
+    function = LossGradient(model, LOSS)
+    return Observation(loss_gradient=function, sent=function(x, y), input_shape=(3, 32, 32)), x
+
+
+# ---------------------------------------------------------------------- the plain method
+
+
+def plain_layers(observation: Observation, budget: float) -> list[dict[str, Any]]:
+    """Seconds of each layer's matrix and its solve, timed or extrapolated."""
+    function = observation.loss_gradient
+    chain, parameters = walk(function, observation.input_shape), function.parameters()
+    layers = [layer for layer in chain.layers if layer.kind == "Conv2d"]
+    rng = np.random.default_rng(0)
+    rows = []
+    for layer in sorted(layers, key=lambda c: (c.outputs + c.num_weights) * c.unknowns**2):
+        shape = (layer.outputs + layer.num_weights, layer.unknowns)
+        entries = layer.outputs * layer.taps + layer.num_weights * (layer.outputs // layer.filters)
+        row: dict[str, Any] = {
+            "layer": layer.name,
+            "rows": shape[0],
+            "columns": shape[1],
+            "entries": entries,
+            "matrix_MiB": 4 * shape[0] * shape[1] / 2**20,
+        }
+        last = next((r for r in reversed(rows) if r["timed"]), None)
+        if last is not None:
+            fill = last["fill_seconds"] * entries / last["entries"]
+            solve = last["solve_seconds"] * shape[0] * shape[1] ** 2 / (last["rows"] * last["columns"] ** 2)
+            row |= {"fill_seconds": fill, "solve_seconds": solve, "timed": False}
+        spent = sum(r["fill_seconds"] + r["solve_seconds"] for r in rows if r["timed"])
+        if last is None or spent + row["fill_seconds"] + row["solve_seconds"] < budget:
+            k = rng.standard_normal(layer.output_shape).astype(np.float32)
+            start = time.perf_counter()
+            matrix = plain_matrix(layer, parameters[layer.weight].float().cpu().numpy(), k)
+            row["fill_seconds"] = time.perf_counter() - start
+            start = time.perf_counter()
+            np.linalg.lstsq(matrix, np.ones(shape[0], dtype=np.float32), rcond=None)
+            row |= {"solve_seconds": time.perf_counter() - start, "timed": True}
+            del matrix
+        rows.append(row)
+    return rows
+
+
+def plain_matrix(layer: Affine, weight: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """Weight constraints above gradient constraints, entry by entry."""
+    channels, height, width = layer.input_shape
+    filters, out_height, out_width = layer.output_shape
+    kernel, stride, padding = layer.kernel, layer.stride, layer.padding
+    matrix = np.zeros((layer.outputs + layer.num_weights, layer.unknowns), dtype=np.float32)
+    for f in range(filters):
+        for i in range(out_height):
+            for j in range(out_width):
+                output = (f * out_height + i) * out_width + j
+                for c in range(channels):
+                    for m in range(kernel[0]):
+                        for n in range(kernel[1]):
+                            y, x = i * stride[0] + m - padding[0], j * stride[1] + n - padding[1]
+                            if 0 <= y < height and 0 <= x < width:
+                                unknown = (c * height + y) * width + x
+                                tap = ((f * channels + c) * kernel[0] + m) * kernel[1] + n
+                                matrix[output, unknown] = weight[f, c, m, n]
+                                matrix[layer.outputs + tap, unknown] = k[f, i, j]
+    return matrix
+
+
+def plain_scalar(observation: Observation, iterations: int = 10_000) -> float:
+    """Seconds of Adam on `(-mu / (1 + e^mu) - u)^2`."""
+    name = list(observation.sent)[-1]
+    u = float((observation.sent[name] * observation.loss_gradient.parameters()[name]).sum())
+    start = time.perf_counter()
+    mu = torch.tensor(0.0, requires_grad=True)
+    optimiser = torch.optim.Adam([mu], lr=0.01)
+    for _ in range(iterations):
+        optimiser.zero_grad()
+        loss = (-mu / (1 + torch.exp(mu)) - u) ** 2
+        loss.backward()
+        optimiser.step()
+    return time.perf_counter() - start
+
+
+def _peak_memory(options: argparse.Namespace) -> float:
+    """MiB at the peak of an attack above what was in use before."""
+    observation, _ = problem(options)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    before = _status("VmRSS")
+    if options.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        RGAP()(observation)
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
+    RGAP()(observation)
+    return _status("VmHWM") - before
+
+
+def _status(which: str) -> float:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return float(status.split(f"{which}:")[1].split()[0]) / 1024
+
+
+# ---------------------------------------------------------------------- against DLG
+
+
+def against_dlg(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The LeNet with tanh and a biased head, which both attacks recover: PSNR and seconds."""
+    pictures = real_pictures(options, "mnist_2000")
+    images = pictures.images[:1] if pictures else photos(28).images[:1].mean(1, keepdim=True)
+    torch.manual_seed(options.seed)
+    model = lenet(activation="tanh").double().to(options.device)
+    x, y = images.double().to(options.device), torch.tensor([3], device=options.device)
+    function = LossGradient(model, nn.CrossEntropyLoss())
+    observation = Observation(loss_gradient=function, sent=function(x, y), input_shape=(1, 28, 28), labels=y)
+    rows = []
+    for attack in (RGAP(), DLG(restarts=1)):
+        found, elapsed = seconds(lambda a=attack: a(observation, generator=generator(options)), device=options.device)
+        psnr = min(fidelity(found.inputs, x).psnr.item(), 400.0)
+        rows.append({"attack": attack.name, "psnr": psnr, "seconds": elapsed})
+    # Beyond 120 dB both are exact.
+    equal = min(rows[0]["psnr"], 120) >= min(rows[1]["psnr"], 120) - 1 and rows[1]["psnr"] >= 40
+    rows[0]["ratio"] = rows[1]["seconds"] / rows[0]["seconds"] if equal else None
+    return rows
+
+
+if __name__ == "__main__":
+    main()
