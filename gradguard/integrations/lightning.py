@@ -36,7 +36,7 @@ class GradGuard(Callback):
     `model`: the attribute of the module that maps inputs to outputs; default: the module itself, by its `forward`.
     `unpack`: `batch -> (inputs, targets)`; default: the batch is such a pair.
     `exact`: measure I2F itself and not only its lower bound. `tolerance`, `confidence`: of the lower bound, see
-    `gradguard.leakage.influence_lower_bound`; for a bound at every step, `confidence=None` and a tolerance of 0.3 take
+    `gradguard.leakage.influence_lower_bound`; for a bound at every step, `confidence=None` and a tolerance of 0.5 take
     a few products each, started from the step before.
     `rank`: analyse the architecture at the first batch (seconds to a minute, see `gradguard.leakage.rank_check`): warn
     if every layer gives its input away in closed form, and log `rank_index`, the same at every measurement.
