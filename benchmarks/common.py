@@ -201,6 +201,28 @@ def paired_times(
     return PairedTimes(statistics.median(times[0]), statistics.median(times[1]), statistics.median(ratios), ratios)
 
 
+def peak_memory(function: Callable[[], Any], *, device: torch.device | None = None) -> float:
+    """MiB at the peak of `function` above what was in use before: the device's, or this process's on a CPU (Linux).
+
+    What an earlier call has left in the allocator's pools hides part of the peak: measure in a process of its own.
+    """
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    resident = _resident("VmRSS")
+    function()
+    return _resident("VmHWM") - resident
+
+
+def _resident(which: str) -> float:
+    """MiB in use now (`VmRSS`) or at the peak (`VmHWM`; `ru_maxrss` would begin with the parent process's)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return float(status.split(f"{which}:")[1].split()[0]) / 1024
+
+
 def _synchronise(device: torch.device | None) -> None:
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)

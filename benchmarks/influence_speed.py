@@ -18,14 +18,23 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import Bar, benchmark_parser, finish, generator, paired_times, real_pictures, rows_table, seconds
+from common import (
+    Bar,
+    benchmark_parser,
+    finish,
+    generator,
+    paired_times,
+    peak_memory,
+    real_pictures,
+    rows_table,
+    seconds,
+)
 from gradguard import Guard, InputJacobian, LossGradient
 from gradguard.data import Pictures, photos
 from gradguard.defenses import GaussianNoise
@@ -258,21 +267,16 @@ def _peak_memory(options: argparse.Namespace, kind: str, count: int, chunk: int 
         model(x[:1])
     function = LossGradient(model, LOSS)
     u = torch.randn_like(x)
-    cuda = options.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-    else:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
-        before = _resident("VmRSS")
-    if kind == "step":
+
+    def steps() -> None:
         # Momentum is what an optimiser keeps; the model's gradient is the step's.
         optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         for _ in range(2):
             optimiser.zero_grad()
             LOSS(model(x), y).backward()
             optimiser.step()
-    elif kind in ("joint", "each", "functional"):
+
+    def products() -> None:
         jacobian = InputJacobian(function, x, y, per_example=kind != "joint", chunk_size=chunk, validate=False)
         if kind == "functional":
             jacobian.is_bilinear = False
@@ -280,19 +284,15 @@ def _peak_memory(options: argparse.Namespace, kind: str, count: int, chunk: int 
             jacobian.gram(u)
         else:
             influence_lower_bound(jacobian, noise(model, options), max_iterations=2)
-    elif kind == "bound":
+
+    def bound() -> None:
         influence_lower_bound(InputJacobian(function, x, y), noise(model, options))
-    else:
+
+    def published() -> None:
         lower_bound(PlainJacobian(model, LOSS, x, y), flatten(noise(model, options)), tolerance=1e-3, seed=0)
-    if cuda:
-        return torch.cuda.max_memory_allocated() / 2**20 - before
-    return _resident("VmHWM") - before
 
-
-def _resident(which: str) -> float:
-    """MiB in use now (`VmRSS`) or at the peak (`VmHWM`; `ru_maxrss` would begin with the parent process's)."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return float(status.split(f"{which}:")[1].split()[0]) / 1024
+    kinds = {"step": steps, "joint": products, "each": products, "functional": products, "bound": bound}
+    return peak_memory(kinds.get(kind, published), device=options.device)
 
 
 def callback_part(options: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:

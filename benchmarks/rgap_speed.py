@@ -13,14 +13,13 @@ import argparse
 import multiprocessing
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import Bar, benchmark_parser, finish, generator, real_pictures, rows_table, seconds
+from common import Bar, benchmark_parser, finish, generator, peak_memory, real_pictures, rows_table, seconds
 from gradguard import LossGradient
 from gradguard.attacks import DLG, RGAP, Observation
 from gradguard.chain import Affine, walk
@@ -157,20 +156,7 @@ def plain_scalar(observation: Observation, iterations: int = 10_000) -> float:
 def _peak_memory(options: argparse.Namespace) -> float:
     """MiB at the peak of an attack above what was in use before."""
     observation, _ = problem(options)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
-    before = _status("VmRSS")
-    if options.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        RGAP()(observation)
-        return (torch.cuda.max_memory_allocated() - held) / 2**20
-    RGAP()(observation)
-    return _status("VmHWM") - before
-
-
-def _status(which: str) -> float:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return float(status.split(f"{which}:")[1].split()[0]) / 1024
+    return peak_memory(lambda: RGAP()(observation), device=options.device)
 
 
 # ---------------------------------------------------------------------- against DLG

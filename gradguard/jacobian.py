@@ -1,9 +1,10 @@
 """How the gradient moves when the inputs move: `J = d^2 l / dx dtheta` as an operator that is never formed.
 
 `J` maps a perturbation of the gradient to input space, `J^T` a change of the input to the change of the gradient
-it causes. Both are forward over reverse: one directional derivative of a gradient each. `J J^T` acts in input
-space, which has thousands of elements where parameter space has millions, so that is where every Krylov method of
-gradguard works. Source: Zhang et al. 2023 (arXiv 2309.13016), section 3.
+it causes. Both are derivatives of a gradient: taken layer by layer where the model's layers allow it
+(`gradguard.linearisation`), else forward over reverse through `torch.func`. `J J^T` acts in input space, which has
+thousands of elements where parameter space has millions, so that is where every Krylov method of gradguard works.
+Source: Zhang et al. 2023 (arXiv 2309.13016), section 3.
 """
 
 from __future__ import annotations

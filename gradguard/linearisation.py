@@ -35,7 +35,7 @@ class Linearisation:
     """The gradients of `R` problems of `n` examples each, at `inputs`, as functions of the inputs.
 
     `parameters`: where, as `gradient.parameters()`. `inputs`: `(R, n, *input_shape)`; `targets`: `(R, n, ...)`.
-    `weight`: factor on each problem's loss. Only for gradients that are `bilinear` (see there).
+    `weight`: factor on each problem's loss. Only for gradients that are bilinear (see `is_bilinear`).
     """
 
     def __init__(

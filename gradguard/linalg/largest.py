@@ -73,18 +73,20 @@ def largest_eigenvalue(
     while len(going):
         space = lanczos.advance(1).space()
         # Small numbers, read back once per step: on the device each of their operations would cost as much as all here.
-        values, rotation = np.linalg.eigh(space.tridiagonal().double().cpu().numpy())
+        diagonal, off_diagonal = torch.stack([space.diagonal, space.off_diagonal]).double().cpu().numpy()
+        values, rotation = np.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
         value = values[:, -1]
         if confidence is None:
-            upper = value + space.off_diagonal[:, -1].double().cpu().numpy() * np.abs(rotation[:, -1, -1])
+            upper = value + off_diagonal[:, -1] * np.abs(rotation[:, -1, -1])
         else:
-            upper = _upper(space, value, room[going.numpy()], tolerance)
+            rounding = float(torch.finfo(operator.dtype).eps)
+            upper = _upper(diagonal, off_diagonal, value, room[going.numpy()], tolerance, rounding)
         converged = upper - value <= tolerance * np.abs(value)
         ended = converged | (lanczos.steps == limit)
         if ended.all() or (operator.restrict is not None and 2 * ended.sum() >= len(ended)):
-            some = _result(space, value, upper, rotation[:, :, -1], converged)
-            rows = torch.from_numpy(np.flatnonzero(ended))
-            found.append((going[rows], _rows(some, rows.to(operator.device))))
+            rows = np.flatnonzero(ended)
+            some = _result(space, rows, value, upper, rotation[:, :, -1], converged)
+            found.append((going[torch.from_numpy(rows)], some))
             left = torch.from_numpy(np.flatnonzero(~ended))
             going = going[left]
             if len(left):
@@ -100,30 +102,45 @@ def largest_eigenvalue(
 
 
 def _result(
-    space: KrylovSpace, value: np.ndarray, upper: np.ndarray, leading: np.ndarray, converged: np.ndarray
+    space: KrylovSpace,
+    rows: np.ndarray,
+    value: np.ndarray,
+    upper: np.ndarray,
+    leading: np.ndarray,
+    converged: np.ndarray,
 ) -> LargestEigenvalue:
-    """`leading`: `(R, k)`, the leading eigenvectors of the tridiagonals."""
-    weights = torch.from_numpy(leading.copy()).to(space.basis)
+    """Of the problems `rows`. `leading`: `(R, k)`, the leading eigenvectors of the tridiagonals."""
+    chosen = torch.from_numpy(rows).to(space.basis.device)
+    weights = torch.from_numpy(leading[rows]).to(space.basis)
     return LargestEigenvalue(
-        value=torch.from_numpy(value.copy()).to(space.basis),
-        upper=torch.from_numpy(upper).to(space.basis),
-        vector=torch.einsum("rj,rjn->rn", weights, space.basis),
-        residual=(space.off_diagonal[:, -1] * weights[:, -1]).abs(),
+        value=torch.from_numpy(value[rows]).to(space.basis),
+        upper=torch.from_numpy(upper[rows]).to(space.basis),
+        vector=torch.einsum("rj,rjn->rn", weights, space.basis[chosen]),
+        residual=(space.off_diagonal[chosen, -1] * weights[:, -1]).abs(),
         iterations=space.diagonal.shape[-1],
-        converged=torch.from_numpy(converged).to(space.basis.device),
+        converged=torch.from_numpy(converged[rows]).to(space.basis.device),
     )
 
 
-def _rows(found: LargestEigenvalue, rows: Tensor) -> LargestEigenvalue:
-    chosen: dict[str, Any] = {n: p[rows] for n, p in vars(found).items() if isinstance(p, Tensor)}
-    return replace(found, **chosen)
+def _tridiagonal(diagonal: np.ndarray, off_diagonal: np.ndarray) -> np.ndarray:
+    """`(R, k, k)` from `(R, k)` each, the last off-diagonal left out."""
+    steps = np.arange(diagonal.shape[1])
+    matrix = np.zeros((*diagonal.shape, len(steps)))
+    matrix[:, steps, steps] = diagonal
+    matrix[:, steps[1:], steps[:-1]] = matrix[:, steps[:-1], steps[1:]] = off_diagonal[:, :-1]
+    return matrix
 
 
-def _upper(space: KrylovSpace, value: np.ndarray, room: np.ndarray, tolerance: float) -> np.ndarray:
+def _upper(
+    diagonal: np.ndarray,
+    off_diagonal: np.ndarray,
+    value: np.ndarray,
+    room: np.ndarray,
+    tolerance: float,
+    rounding: float,
+) -> np.ndarray:
     """The least `l` above `value` `(R,)`, to a hundredth of the tolerance, with `sum_j p_j(l)^2 > room`."""
-    diagonal, off_diagonal = (part.double().cpu().numpy() for part in (space.diagonal, space.off_diagonal))
     # Below rounding an off-diagonal says that the space is exhausted, and leaves no room for anything.
-    rounding = float(torch.finfo(space.diagonal.dtype).eps)
     off_diagonal = np.maximum(off_diagonal, rounding * np.abs(value)[:, None] + np.finfo(np.float64).tiny)
 
     def exceeded(shares: np.ndarray) -> np.ndarray:

@@ -69,6 +69,11 @@ def save_html(report: LeakageReport, path: str | Path) -> Path:
 
 def render_html(report: LeakageReport) -> str:
     """The page itself. Every name in it is escaped; it loads nothing and runs nothing."""
+    return template("report.html.j2").render(report=report, light=LIGHT, dark=DARK, **_context(report))
+
+
+def template(name: str) -> jinja2.Template:
+    """A page's template: it escapes every name, refuses undefined ones, and has the summaries as `s`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gradguard.report", "templates"),
         autoescape=True,
@@ -77,7 +82,7 @@ def render_html(report: LeakageReport) -> str:
         lstrip_blocks=True,
     )
     environment.globals.update(s=s)
-    return environment.get_template("report.html.j2").render(report=report, light=LIGHT, dark=DARK, **_context(report))
+    return environment.get_template(name)
 
 
 def _context(report: LeakageReport) -> dict[str, Any]:

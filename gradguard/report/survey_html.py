@@ -6,11 +6,9 @@ import base64
 import io
 from pathlib import Path
 
-import jinja2
-
 from gradguard.errors import InputError
 from gradguard.files import atomic_path, write_text
-from gradguard.report import summaries as s
+from gradguard.report.html import template
 from gradguard.report.survey_plots import plot_survey
 from gradguard.report.survey_report import Survey
 from gradguard.report.survey_tables import MEASURES, survey_words
@@ -34,19 +32,11 @@ def save_survey_html(survey: Survey, path: str | Path) -> Path:
 
 def render_survey_html(survey: Survey) -> str:
     """The page itself. Every name in it is escaped; it loads nothing and runs nothing."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gradguard.report", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     figures = {
         name: base64.b64encode(_png(survey, theme)).decode() for name, theme in (("light", LIGHT), ("dark", DARK))
     }
-    return environment.get_template("survey.html.j2").render(
+    return template("survey.html.j2").render(
         survey=survey,
-        s=s,
         light=LIGHT,
         dark=DARK,
         figures=figures,

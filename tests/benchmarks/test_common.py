@@ -18,6 +18,7 @@ from common import (
     finish,
     generator,
     paired_times,
+    peak_memory,
     plain,
     real_pictures,
     result_name,
@@ -229,3 +230,11 @@ def test_readme_has_a_section_per_script_and_is_deterministic(tmp_path, monkeypa
 
 def test_readme_without_results_says_so(tmp_path):
     assert "No results are kept yet." in readme([], scripts=tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+def test_peak_memory_counts_what_is_freed_again_and_not_what_was_there_before():
+    held = torch.ones(2**24)  # 64 MiB
+    assert peak_memory(lambda: None) < 8
+    assert 100 < peak_memory(lambda: torch.ones(2**25).sum()) < 160  # 128 MiB, gone after the sum
+    assert held.sum() == 2**24
