@@ -68,7 +68,11 @@ def scaled_to(delta: Gradient, length: Tensor) -> Gradient:
 
 
 def randn(shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal numbers like `like`, drawn on the generator's device (the CPU without one)."""
-    device = generator.device if generator is not None else torch.device("cpu")
-    # Drawn in float64: the same generator then gives the same noise to a float32 and a float64 model.
-    return torch.randn(shape, generator=generator, dtype=torch.float64, device=device).to(like.device, like.dtype)
+    """Standard normal numbers like `like`, drawn on the generator's device (without one: on that of `like`).
+
+    A float64 gradient gets float64 noise, any other float32 noise, several times faster: the same generator gives
+    different numbers to the two.
+    """
+    device = generator.device if generator is not None else like.device
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.randn(shape, generator=generator, dtype=dtype, device=device).to(like)
