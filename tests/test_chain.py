@@ -467,3 +467,54 @@ def test_refusals_name_the_place_and_the_reason(name):
 def test_an_input_shape_that_does_not_fit(model, shape, message):
     with pytest.raises(InputError, match=message):
         chain_of(model, shape)
+
+
+# ---------------------------------------------------------------------- the other side
+
+
+@pytest.mark.parametrize("build", [links.silu, links.gelu, links.mish])
+def test_both_arguments_of_an_activation_with_a_turn(build):
+    activation = build()
+    right = torch.linspace(activation.turn + 1e-3, 30.0, 500, dtype=torch.float64)
+    assert torch.allclose(activation.inverse(activation(right)), right, atol=1e-9)
+    left = torch.linspace(activation.turn - 6.0, activation.turn - 1e-3, 500, dtype=torch.float64)
+    other, slope, distance = activation.other(activation.inverse(activation(left)))
+    assert torch.allclose(other, left, atol=1e-6)
+    assert torch.allclose(slope, activation.derivative(left), atol=1e-6)
+    assert distance.eq(0).all()
+    _, _, distance = activation.other(torch.tensor([0.5, 3.0], dtype=torch.float64))
+    assert distance.isinf().all()
+    assert activation.partly_invertible
+    assert not activation.invertible
+
+
+def test_across_a_kink_only_the_derivative_is_another():
+    z = torch.tensor([-0.5, 0.25], dtype=torch.float64)
+    other, slope, distance = links.leaky_relu(negative_slope=0.2).other(z)
+    assert torch.equal(other, z)
+    assert slope.tolist() == pytest.approx([1.0, 0.2])
+    assert distance.tolist() == [0.5, 0.25]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_response_of_a_system_is_what_its_misfit_falls_by(groups):
+    torch.manual_seed(0)
+    module = nn.Conv2d(2, 4, 3, padding=1, groups=groups, bias=False).double()
+    layer = chain_of(module, (2, 5, 5)).steps[0]
+    weight, (x, guess) = module.weight.detach(), torch.randn(2, 2, 5, 5, dtype=torch.float64)
+    z, k = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    units = torch.tensor([3, 60, 61])
+    dz, dk = torch.randn(2, 3, dtype=torch.float64)
+    moved_z, moved_k = (v.flatten().index_add(0, units, d).reshape(4, 5, 5) for v, d in ((z, dz), (k, dk)))
+    sent = layer.weight_gradient(x, k)
+    system = LayerSystem.of(layer, weight, k, z, sent)
+    response = system.response(guess, units, dz, dk)
+    # The moved system at the first one's scales, written out.
+    w_scale, k_scale = system.scales
+    rows = layer.rows(moved_z - (layer.matrix(weight) @ layer.patches(guess)).reshape(4, 5, 5)) * w_scale
+    columns = (sent - layer.weight_gradient(guess, moved_k)) * k_scale
+    moved = torch.cat([rows.flatten(), columns.flatten()])[None]
+    fall = response.matvec(torch.ones(1, 3, dtype=torch.float64))
+    assert torch.allclose(system.misfit(guess) - moved, fall, atol=1e-12)
+    t, u = torch.randn(1, 3, dtype=torch.float64), torch.randn_like(fall)
+    assert torch.allclose((response.matvec(t) * u).sum(), (t * response.rmatvec(u)).sum())

@@ -2,7 +2,7 @@
 
 The gradient of a linear layer has rank one, `grad W = k x^T` with `k = dl/dz`, so `k` gives `x`. With a bias `k` is
 the bias's gradient. Without one, `k` and `x` are known up to a scale, which one equation of the loss fixes.
-Sources: Zhu & Blaschko 2021, section 3.1 (logistic loss); the softmax equation is ours.
+Sources: Zhu & Blaschko 2021, section 3.1 (logistic loss); the equations of softmax and of squared error are ours.
 """
 
 from __future__ import annotations
@@ -190,6 +190,54 @@ def _gauss_newton(residual: Callable[[Tensor], Tensor], s: Tensor, steps: int = 
             return s
         s, r, slope = better
     return s
+
+
+# ---------------------------------------------------------------------- squared error
+
+
+def squared_error_targets(top: Top, outputs: int, labels: Tensor | None, like: Tensor) -> list[tuple[Tensor, float]]:
+    """Targets `y` for which the loss's derivative by the outputs is `s (z - y)`, and that `s` (`nn.MSELoss`: `2 / C`).
+
+    The given `labels` `(1, C)` alone, or each class's one-hot vector; of one output, 0, 1 and -1. Empty if the loss is
+    another.
+    """
+    if labels is not None:
+        trials = [labels] if labels.shape == (1, outputs) and labels.is_floating_point() else []
+    elif outputs == 1:
+        trials = [like.new_full((1, 1), y) for y in (1.0, 0.0, -1.0)]
+    else:
+        trials = [row[None] for row in torch.eye(outputs, dtype=like.dtype, device=like.device)]
+    z = torch.linspace(-1.0, 1.5, outputs, dtype=like.dtype, device=like.device).sin()[None]
+    found = []
+    for targets in trials:
+        points = [targets + 1.0, z, -2.0 * z]
+        slope = _slopes(top, points, targets)
+        if slope is not None and float(slope[0, 0]) > 0:
+            s = float(slope[0, 0])
+            if torch.allclose(slope, s * (torch.cat(points) - targets), atol=1e-6 * s):
+                found.append((targets, s))
+    return found
+
+
+def squared_error_heads(weight: Tensor, weight_gradient: Tensor, targets: list[tuple[Tensor, float]]) -> list[Head]:
+    """Candidates of a layer with `C` outputs and no bias under squared error, for each of `targets`.
+
+    `weight`, `weight_gradient`: `(C, n)`. With `grad W = a b^T`, `|a| = 1`, the scale `c` in `k = c a`, `x = b / c` is
+    fixed by `c a = s (W b / c - y)`: along `a` a quadratic equation in `c`, and across it the check on `y`. Candidates
+    that fail the check by more than the best one does are left out.
+    """
+    a, b = rank_one(weight_gradient)
+    q = weight @ b
+    heads, misses = [], []
+    for y, s in targets:
+        half = float(s * (a @ y[0])) / 2
+        root = max(half**2 + s * float(a @ q), 0.0) ** 0.5  # negative only by noise
+        for c in dict.fromkeys((-half + root, -half - root)):
+            if c != 0:
+                misses.append(float(torch.linalg.vector_norm(s * (q / c - y[0]) / c - a)))
+                heads.append(Head(b / c, c * a, y, f"|k| = {abs(c):.6g}, target {[round(float(v), 6) for v in y[0]]}"))
+    least = min(misses, default=0.0)
+    return [head for head, miss in zip(heads, misses, strict=True) if miss <= 100 * least + 1e-9]
 
 
 # ---------------------------------------------------------------------- the label, once the input is known

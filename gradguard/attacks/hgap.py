@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from torch import Tensor
 
 from gradguard.attacks.base import Observation, Reconstruction
 from gradguard.attacks.heads import Head
-from gradguard.attacks.rgap import _EXACT, RGAP, _Problem
-from gradguard.chain import Activation, Affine, LayerSystem
+from gradguard.attacks.rgap import RGAP
+from gradguard.attacks.rgap_layer import Sides, Solved
+from gradguard.attacks.rgap_problem import Problem
+from gradguard.chain import Activation, Affine
 from gradguard.errors import InputError
 from gradguard.linalg import LinearOperator
 from gradguard.linalg.cgls import cgls
@@ -30,6 +32,8 @@ from gradguard.priors import PowerLawPrior
 
 #: Singular values below this are none, for rows of norm 1.
 _NO_EQUATION = 1e-6
+#: A relative residual that nothing but rounding leaves.
+_ROUNDING = 1e-12
 #: Smallest standard deviation that is distinguished, relative to a layer's values.
 _FINEST = 1e-6
 #: Share of an activation's variance that is not on its line above which the unit is undecided (LeakyReLU: 3 sigma).
@@ -71,6 +75,9 @@ class HGAP(RGAP):
     rounds: int = 20
     max_unknowns: int = 6000
 
+    #: Full accuracy: what the layers above leave over counts as noise, and dense algebra takes longer anyway.
+    solver_tolerance: ClassVar[float | None] = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rounds < 1:
@@ -81,6 +88,8 @@ class HGAP(RGAP):
     def run(self, observation: Observation, generator: torch.Generator | None) -> Reconstruction:
         """The attack. It draws no random numbers."""
         result = super().run(observation, generator)
+        if observation.batch_size > 1:
+            return result
         rows = result.details.get("layers", [])
         completed = [row for row in rows if "deficit" in row]
         names = [row["layer"] for row in completed]
@@ -92,12 +101,9 @@ class HGAP(RGAP):
         details = result.details | {"deficient": names} | ({"note": note} if completed else {})
         return replace(result, converged=bool(rows or result.converged) and converged, details=details)
 
-    def _descend(self, problem: _Problem, head: Head, layers: int | None = None) -> tuple[Tensor, list[dict[str, Any]]]:
+    def _descend(self, problem: Problem, head: Head, *, look: bool = False) -> tuple[Tensor, list[dict[str, Any]]]:
         """R-GAP's recursion through completed layers; the picture a completion came with, if it matches better."""
-        if layers is not None:  # a look at the first layers, to order the candidates
-            plain = RGAP(**{f.name: getattr(self, f.name) for f in fields(RGAP)})
-            return plain._descend(problem, head, layers)
-        x, rows = super()._descend(problem, head)
+        x, rows = super()._descend(problem, head, look=look)
         pictures = [row.pop("picture") for row in rows if "picture" in row]
         if pictures:
             x = min([x, *pictures], key=lambda picture: problem.trial(picture, head, rows).loss)
@@ -105,33 +111,32 @@ class HGAP(RGAP):
 
     def _settled(
         self,
-        problem: _Problem,
+        problem: Problem,
         layer: Affine,
         z: Tensor,
         k: Tensor,
-        doubts: list[tuple[int, float]],
+        sides: Sides | None,
         worst: float,
         known: Tensor | None,
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        x, k, row = super()._settled(problem, layer, z, k, doubts, worst, known)
+    ) -> Solved:
+        solved = super()._settled(problem, layer, z, k, sides, worst, known)
         below = problem.chain.steps[: problem.chain.steps.index(layer) + 1]
         widest = max(math.prod(step.input_shape) for step in below)
-        if widest > self.max_unknowns or not bool(x.isfinite().all() & k.isfinite().all()):
-            return x, k, row
-        weight, sent = problem.parameters[layer.weight], problem.sent.get(layer.weight)
-        operator = LayerSystem.of(layer, weight, k, z, sent, known).operator
+        if widest > self.max_unknowns or not bool(solved.x.isfinite().all() & solved.k.isfinite().all()):
+            return solved
+        row, operator = solved.row, solved.system.operator
         if row["rank_bound"] == row["unknowns"] and _sees_all(operator):
-            return x, k, row
-        unseen = null_space(operator, row["unknowns"] - row["rank_bound"], max(_NO_EQUATION, self.damping))
+            return solved
+        unseen = null_space(operator, row["unknowns"] - row["rank_bound"], max(_NO_EQUATION, row["damping"]))
         if unseen.shape[1] == 0:
-            return x, k, row
+            return solved
         noise = max(_FINEST, worst, row["residual"])
-        x, completion = self._completed(problem, layer, operator, x.flatten(), unseen, noise)
-        return x, k, row | completion
+        x, completion = self._completed(problem, layer, operator, solved.x.flatten(), unseen, noise)
+        return replace(solved, x=x, row=row | completion)
 
     def _completed(
         self,
-        problem: _Problem,
+        problem: Problem,
         layer: Affine,
         operator: LinearOperator,
         x: Tensor,
@@ -151,7 +156,7 @@ class HGAP(RGAP):
         while True:
             undecided.append(found.undecided)
             now = torch.linalg.vector_norm(operator.matvec(below(found.picture).reshape(1, -1)) - target) / length
-            ended = found.undecided == 0 and bool((now > residual / 2) | (now < _EXACT))
+            ended = found.undecided == 0 and bool((now > residual / 2) | (now < _ROUNDING))
             if now < residual:
                 picture, residual = found.picture, float(now)
             if ended or not below.bends or len(undecided) == self.rounds:
@@ -241,7 +246,7 @@ class _Found:
 class _Below:
     """The steps below a layer with inputs of `n` elements, as a function of a Gaussian picture. Values are flat."""
 
-    def __init__(self, problem: _Problem, stop: int, prior: PowerLawPrior) -> None:
+    def __init__(self, problem: Problem, stop: int, prior: PowerLawPrior) -> None:
         self.chain, self.parameters, self.stop, self.prior = problem.chain, problem.parameters, stop, prior
         self.bends = [i for i, step in enumerate(self.chain.steps[:stop]) if isinstance(step, Activation)]
         self.like = next(iter(self.parameters.values()))

@@ -5,8 +5,8 @@ What R-GAP and the rank analysis walk along. The model is traced with `torch.fx`
 the module that breaks it. Source: Zhu & Blaschko 2021 (arXiv 2010.07733), section 3.
 """
 
+from gradguard.chain.activation import Activation, Shape
 from gradguard.chain.steps import (
-    Activation,
     Affine,
     Chain,
     ChannelScale,
@@ -14,7 +14,6 @@ from gradguard.chain.steps import (
     MaxPool,
     MeanPool,
     Reshape,
-    Shape,
     Step,
     Sum,
     Tail,

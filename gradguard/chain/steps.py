@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradguard.chain.activation import Activation, Shape
 from gradguard.errors import UnsupportedModelError
 from gradguard.gradients import Gradient, LossGradient
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,80 +151,6 @@ class Affine:
         index = torch.arange(1, height * width + 1, dtype=torch.float64).reshape(1, height, width)
         channel = replace(self, input_shape=(1, height, width), groups=1)
         return channel.patches(index)[0].to(torch.int64) - 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Activation:
-    """An elementwise function. `function`: its value; `inverse_function`: `None` if it is not one-to-one.
-
-    `interval`: the open interval of its values; `kink`: the argument at which the derivative jumps, if there is one.
-    `flat`: values that many arguments share, each with derivative zero, where every other value is its own argument:
-    0 for ReLU, 0 and 6 for ReLU6.
-    `name`: the module's path, or what the call is named in the trace.
-    """
-
-    kind: str
-    function: Callable[[Tensor], Tensor]
-    inverse_function: Callable[[Tensor], Tensor] | None = None
-    interval: tuple[float, float] = (-math.inf, math.inf)
-    kink: float | None = None
-    flat: tuple[float, ...] = ()
-    name: str = ""
-    input_shape: Shape = ()
-
-    @property
-    def output_shape(self) -> Shape:
-        """The shape of the values, which is that of the arguments."""
-        return self.input_shape
-
-    @property
-    def invertible(self) -> bool:
-        """Whether the argument follows from the value."""
-        return self.inverse_function is not None
-
-    @property
-    def partly_invertible(self) -> bool:
-        """Whether the argument follows from the value, or from every value that is not in `flat`."""
-        return self.invertible or bool(self.flat)
-
-    def known(self, v: Tensor, margin: float) -> Tensor:
-        """Where the argument follows from the value `v`: bool. What is within `margin` of a flat value counts as it."""
-        found = torch.ones_like(v, dtype=torch.bool)
-        for value in self.flat:
-            found &= (v - value).abs() > margin
-        return found & ~self.outside(v)
-
-    def __call__(self, z: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The value at `z`, elementwise."""
-        return self.function(z)
-
-    def derivative(self, z: Tensor) -> Tensor:
-        """`a'(z)`, elementwise."""
-        return torch.func.grad(lambda t: self.function(t).sum())(z)
-
-    def outside(self, v: Tensor, margin: float = 0.0) -> Tensor:
-        """Where `v` is no value of the function (rounding or noise put it there): bool, shaped like `v`.
-
-        `margin`: how far beyond a value that is reached (ReLU's zero) still counts as that value.
-        """
-        low, high = self._limits(v.dtype)
-        margin = margin if self.flat else 0.0
-        return (v < low - margin) | (v > high + margin)
-
-    def inverse(self, v: Tensor) -> Tensor:
-        """`z` with `a(z) = v`; a `v` that is no value of the function counts as the nearest one that is."""
-        if self.flat:
-            return v
-        assert self.inverse_function is not None, f"{self.kind} has no inverse"
-        low, high = self._limits(v.dtype)
-        return self.inverse_function(v.clamp(low, high))
-
-    def _limits(self, dtype: torch.dtype) -> tuple[float, float]:
-        """The ends of the interval, moved inwards by one rounding of 1 if they are no values themselves."""
-        if self.flat:
-            return self.interval
-        eps = torch.finfo(dtype).eps
-        return self.interval[0] + eps, self.interval[1] - eps
 
 
 @dataclass(frozen=True, kw_only=True)

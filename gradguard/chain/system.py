@@ -28,13 +28,15 @@ class LayerSystem:
     `W` has the norm of its filter and a row of the gradient constraints that of its filter's `k`, up to the padding.
     Without the scaling a layer with small `k` would lose the gradient constraints to rounding.
     Outputs that are not known (behind a ReLU that is zero) have zero rows.
-    `operator`: `R = 1` problem; `target`: the scaled right-hand side, shape `(1, rows)`.
+    `operator`: `R = 1` problem; `target`: the scaled right-hand side, shape `(1, rows)`. `scales`: what the rows of
+    either kind were multiplied by, `(G, F, 1)`; those of the gradient constraints `None` if there are none.
     """
 
     layer: Affine
     operator: LinearOperator
     target: Tensor
     gradient_constraints: int
+    scales: tuple[Tensor, Tensor | None]
 
     @classmethod
     def of(
@@ -58,7 +60,7 @@ class LayerSystem:
         outputs = target[0].numel()
         if weight_gradient is None:
             kk = w.new_zeros(*w.shape[:2], layer.outputs // layer.filters)
-            weights = 0
+            weights, k_scale = 0, None
         else:
             kk, k_scale = _unit_rows(layer.rows(k))
             target.append((layer.matrix(weight_gradient) * k_scale).flatten())
@@ -78,7 +80,44 @@ class LayerSystem:
             return layer.unpatches(columns).reshape(1, -1)
 
         operator = LinearOperator(matvec, rmatvec, (1, outputs + weights, layer.unknowns), w)
-        return cls(layer, operator, torch.cat(target)[None], weights)
+        return cls(layer, operator, torch.cat(target)[None], weights, (w_scale, k_scale))
+
+    def misfit(self, x: Tensor) -> Tensor:
+        """`target - A x` for an input `x`, shape `(1, rows)`."""
+        return self.target - self.operator.matvec(x.reshape(1, -1))
+
+    def response(self, x: Tensor, units: Tensor, dz: Tensor, dk: Tensor) -> LinearOperator:
+        """By how much the misfit at `x` falls if `t` times `dz` and `dk` is added to the outputs' `z` and `k`.
+
+        `units`: indices `(n,)` into the flat output; `dz`, `dk`: `(n,)`. Linear in `t` `(1, n)`, at the rows' present
+        scales. The unit's own weight constraint gets `dz`; the gradient constraints of its filter get `dk` times the
+        patch that it sees.
+        """
+        patches = self.layer.patches(x)
+        w_scale, k_scale = self.scales
+        positions = self.layer.outputs // self.layer.filters
+        filters = units // positions
+        own = dz * w_scale.flatten()[filters]
+        dk = dk if k_scale is None else dk * k_scale.flatten()[filters]
+        shape = (*w_scale.shape[:2], positions)
+
+        def spread(values: Tensor) -> Tensor:
+            return values.new_zeros(self.layer.outputs).index_add(0, units, values)
+
+        def matvec(t: Tensor) -> Tensor:
+            parts = [-spread(own * t[0])]
+            if k_scale is not None:
+                parts.append((spread(dk * t[0]).view(shape) @ patches.mT).flatten())
+            return torch.cat(parts)[None]
+
+        def rmatvec(u: Tensor) -> Tensor:
+            t = -own * u[0, : self.layer.outputs][units]
+            if k_scale is not None:
+                rows = u[0, self.layer.outputs :].view(*w_scale.shape[:2], -1)
+                t = t + dk * (rows @ patches).flatten()[units]
+            return t[None]
+
+        return LinearOperator(matvec, rmatvec, (1, self.target.shape[1], len(units)), patches)
 
 
 def _unit_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gradguard.chain import links
+from gradguard.chain.activation import Shape
 from gradguard.chain.steps import (
     Affine,
     Chain,
@@ -20,7 +21,6 @@ from gradguard.chain.steps import (
     MaxPool,
     MeanPool,
     Reshape,
-    Shape,
     Step,
     Sum,
     Tail,

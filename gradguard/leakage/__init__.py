@@ -1,7 +1,7 @@
 """Numbers about what leaks: influence and its bound, the spectrum of `J J^T`, floors under an attacker's error, ranks,
 labels, reconstruction quality."""
 
-from gradguard.leakage.advice import Advice, advice
+from gradguard.leakage.advice import Advice, advice, advised
 from gradguard.leakage.fidelity import Fidelity, fidelity
 from gradguard.leakage.floors import Floor, bayes_floor, cramer_rao_floor
 from gradguard.leakage.influence import Influence, InfluenceBound, influence, influence_lower_bound
@@ -22,6 +22,7 @@ __all__ = [
     "SpectralDensity",
     "Spectrum",
     "advice",
+    "advised",
     "bayes_floor",
     "count_labels",
     "cramer_rao_floor",

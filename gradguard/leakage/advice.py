@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gradguard.chain import Affine, Graph, walk_graph
+from gradguard.chain import Affine, ChannelScale, Graph, walk_graph
 from gradguard.errors import InputError
 from gradguard.gradients import LossGradient
 from gradguard.leakage.rank import RankAnalysis, Verdict, rank_analysis
@@ -73,7 +73,9 @@ def advice(
     A change counts if the layer then lacks more unknowns than its virtual constraints (`beyond_virtual`), or any at all
     (what stops R-GAP, but not an optimisation that uses them). Filters: the most with which the count alone
     says so; stride: the smallest larger one; kernel: the largest smaller one of the same parity, padding kept in step.
-    Of those, the `limit` that change parameters and FLOPs least, each checked by `rank_analysis` of the changed model.
+    First come those after which, by the count, no attack has enough to go on ("not recoverable"); an attack on all
+    layers together often gets around the others. Within each kind, what changes parameters and FLOPs least is first. Of
+    those the first `limit`, each checked by `rank_analysis` of the changed model.
 
     The changed model is built for `nn.Sequential` (nested or not) of plain layers, with the layers behind adapted; of
     others, the filters are advised by the count alone (`checked=False`). Empty if no change does it, or the model's
@@ -85,7 +87,7 @@ def advice(
     if not _rebuildable(model):
         return _by_count(rank_analysis(model, input_shape, max_unknowns=max_unknowns), beyond_virtual)[:limit]
     size = _costs(graph)
-    found: list[tuple[float, Affine, Change, int, int, nn.Module, tuple[float, float]]] = []
+    found: list[tuple[tuple[bool, float], Affine, Change, int, int, nn.Module, tuple[float, float]]] = []
     for layer, change, before, values in _changes(graph, beyond_virtual):
         for after in values:
             changed = _rebuilt(model, input_shape, layer.name, change, after)
@@ -95,7 +97,17 @@ def advice(
             if _is_short(other, layer.name, beyond_virtual):
                 ratios = tuple(n / m for n, m in zip(_costs(other), size, strict=True))
                 distance = sum(abs(math.log(ratio)) for ratio in ratios)
-                found.append((distance, layer, change, before, after, changed, (ratios[0], ratios[1])))
+                found.append(
+                    (
+                        (not _is_lost(other, layer.name), distance),
+                        layer,
+                        change,
+                        before,
+                        after,
+                        changed,
+                        (ratios[0], ratios[1]),
+                    )
+                )
                 break
     found.sort(key=lambda entry: entry[0])
     advised = []
@@ -118,6 +130,20 @@ def advice(
             )
         )
     return tuple(advised)
+
+
+def advised(model: nn.Module, input_shape: Sequence[int], change: Advice) -> nn.Module:
+    """`model` with `change` made, the layers behind it adapted, all weights drawn afresh.
+
+    Raises `InputError` for a change that was not `checked`: such a model cannot be rebuilt.
+    """
+    made = _rebuilt(model, input_shape, change.layer, change.change, change.after) if _rebuildable(model) else None
+    if made is None:
+        raise InputError(
+            f"`model` cannot be rebuilt with {change.layer!r} changed: only `nn.Sequential` of plain layers can. Make "
+            "the change in its code and call `rank_analysis` again."
+        )
+    return made.train(model.training)
 
 
 def _graph(model: nn.Module, input_shape: Sequence[int]) -> Graph:
@@ -173,6 +199,20 @@ def _is_short(graph: Graph, name: str, beyond_virtual: bool) -> bool:
     assert isinstance(layer, Affine)
     needed = layer.unknowns - (_virtual(graph, index) if beyond_virtual else 0)
     return layer.rank_bound() < needed
+
+
+def _is_lost(graph: Graph, name: str) -> bool:
+    """Whether the count says that the gradient does not determine the input, whatever the attack."""
+    index = next(i for i in graph.affine_indices if graph.steps[i].name == name)
+    layer = graph.steps[index]
+    assert isinstance(layer, Affine)
+    earlier = 0
+    for step in graph.steps[:index]:
+        if isinstance(step, Affine):
+            earlier += step.num_weights + (step.filters if step.bias is not None else 0)
+        elif isinstance(step, ChannelScale):
+            earlier += step.input_shape[0] * sum(n is not None for n in (step.weight, step.bias))
+    return layer.rank_bound() + earlier < math.prod(graph.input_shape)
 
 
 def _by_count(analysis: RankAnalysis, beyond_virtual: bool) -> tuple[Advice, ...]:

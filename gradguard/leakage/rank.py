@@ -185,8 +185,9 @@ def rank_analysis(
 
     What the recursion cannot go through is let through on terms that favour the attacker, and noted: of ReLU and
     maximum pooling the zeros and the maxima's positions count as known, and the outputs that do not pass give no
-    equation; of a sum (a residual block) both summands count as known, so that such a layer is "optimisation only" at
-    best. Batch normalisation is that of eval mode.
+    equation; of a sum (a residual block) both summands count as known, and of an activation with two branches (GELU)
+    the right one. R-GAP finds ReLU's zeros and GELU's branch, but no maxima and no summands: a layer in front of those
+    is "optimisation only" at best. Batch normalisation is that of eval mode.
 
     Raises `UnsupportedModelError` for a model made of anything else (see `gradguard.chain`).
     """
@@ -233,7 +234,8 @@ def rank_check(
 ) -> RankCheck:
     """Before training: does the architecture itself stop the closed form, and by more than `min_index`?
 
-    Not fine if every layer's input follows in closed form, if that is unknown, or if the index is below `min_index`.
+    Not fine if every layer's input follows in closed form, or would but for what the recursion cannot undo (maximum
+    pooling); if that is unknown; or if the index is below `min_index`.
     Fine means no more than that: an attack on all layers together may still succeed, see `RankAnalysis.verdict`.
     Raises what `rank_analysis` raises.
     """
@@ -246,6 +248,11 @@ def rank_check(
     elif analysis.verdict == "unknown":
         names = ", ".join(repr(layer.name) for layer in analysis.layers if layer.verdict == "unknown")
         reasons.append(f"whether the closed form is stopped was too large to compute for {names}")
+    elif analysis.index == 0:
+        reasons.append(
+            "no layer that every path goes through lacks equations, only what R-GAP cannot undo stops it (maximum "
+            "pooling, sums), and an attack on all layers together need not care"
+        )
     if analysis.index < min_index:
         reasons.append(f"the rank index is {analysis.index:.3f}, below {min_index:g}")
     return RankCheck(fine=not reasons, reasons=tuple(reasons), analysis=analysis)
@@ -296,14 +303,16 @@ class _Place:
     """Where in a model a layer is, as far as its verdict depends on it.
 
     `index`: of the step; `hidden`: whether a ReLU or a maximum pooling follows, which hides some of its outputs;
-    `summed`: whether its output is known as part of a sum only; `earlier_gradients`, `virtual`: as in `LayerRank`;
+    `passing`: the most outputs of a filter that get through it, whatever the weights; `assumed`: whether the recursion
+    knows its output on the analysis' word only; `earlier_gradients`, `virtual`: as in `LayerRank`;
     `inputs`: elements of the model's input; `inevitable`: whether every path from the input goes through the layer;
     `note`: what the ranks take for granted.
     """
 
     index: int
     hidden: bool
-    summed: bool
+    passing: int
+    assumed: bool
     virtual: int
     earlier_gradients: int
     inputs: int
@@ -329,13 +338,27 @@ class _Place:
         return cls(
             index=index,
             hidden=bool(flat),
-            summed=any(isinstance(s, Sum) for s in following),
+            passing=_passing(graph, index),
+            assumed=any(isinstance(s, Sum | MaxPool) for s in following),
             virtual=max(0, math.prod(step.input_shape) - min(widths)),
             earlier_gradients=sum(trainable[n].numel() for n in names if n in trainable),
             inputs=widths[0],
             inevitable=inevitable,
             note="; ".join(filter(None, (_note(following), around))),
         )
+
+
+def _passing(graph: Graph, index: int) -> int:
+    """Outputs of a filter that can get through the maximum pooling behind a step; all of them if there is none."""
+    most = math.prod(graph.steps[index].output_shape[1:])
+    while len(graph.consumers[index]) == 1:
+        (index,) = graph.consumers[index]
+        step = graph.steps[index]
+        if isinstance(step, Affine | MeanPool | Sum | Tail):
+            break
+        if isinstance(step, MaxPool):
+            most = min(most, math.prod(step.output_shape[1:]))
+    return most
 
 
 def _shares_input(graph: Graph, index: int) -> bool:
@@ -383,7 +406,8 @@ def _note(following: list[Any]) -> str:
             notes.append(f"{step.kind} is not one-to-one: outputs that it cuts off give no equation")
         elif isinstance(step, Activation) and not step.invertible:
             notes.append(
-                f"{step.kind} is not one-to-one and hides part of the output, which the verdict takes as known"
+                f"{step.kind} is not one-to-one: which of two arguments an output has counts as known, and R-GAP tells "
+                "them apart by the equations that are to spare"
             )
         elif isinstance(step, MaxPool):
             notes.append(f"{step.kind} is taken to tell where the maxima were; other outputs give no equation")
@@ -401,8 +425,14 @@ def _layer_rank(ranks: ConstraintRank, place: _Place, probes: int, generator: to
         missing = ranks.probed_deficit(probes, generator)
         method = "not computed" if missing is None else "exact" if missing == 0 else "estimated"
         rank = None if missing is None else layer.unknowns - round(missing)
-    # How many outputs a ReLU hides is another number for each picture and training step: claim nothing from it.
-    sure = layer.rank_bound(gradients=ranks.sent) if place.hidden else bound
+    # How many outputs a ReLU hides is another number for each picture and training step: claim nothing from it. What a
+    # maximum pooling lets through is at most what it puts out.
+    sure = bound
+    if place.hidden:
+        through = torch.zeros(layer.filters, layer.outputs // layer.filters, dtype=torch.bool)
+        through[:, : place.passing] = True
+        limits = (None, through.reshape(layer.output_shape))
+        sure = min(layer.rank_bound(gradients=ranks.sent, known=known) for known in limits)
     uncertainty = 0.0
     if rank is not None and method == "estimated":
         uncertainty = 3 * (2 * (layer.unknowns - rank) / probes) ** 0.5
@@ -464,7 +494,7 @@ def _verdict(place: _Place, unknowns: int, rank: int | None, bound: int, uncerta
         return "not recoverable" if place.inevitable and spare < 0 else "optimisation only"
     if rank is None:
         return "unknown"
-    return "optimisation only" if place.summed else "closed form"
+    return "optimisation only" if place.assumed else "closed form"
 
 
 def _blocking_filters(layer: Affine, sent: bool) -> int | None:

@@ -56,13 +56,13 @@ def cgls(
         if damped:
             curvature = curvature + squared_damping[:, 0] * (p * p).sum(-1)
         step = (gamma / curvature.clamp_min(tiny) * (residual > tolerance))[:, None]
-        x = x + step * p
-        r = r - step * q
+        x = torch.addcmul(x, step, p)
+        r = torch.addcmul(r, step, q, value=-1.0)
         s = operator.rmatvec(r)
         if damped:
             s = s - squared_damping * x
         following = (s * s).sum(-1)
-        p = s + (following / gamma.clamp_min(tiny))[:, None] * p
+        p = torch.addcmul(s, (following / gamma.clamp_min(tiny))[:, None], p)
         gamma = following
         consistent = torch.linalg.vector_norm(r, dim=-1) * by_b
         now = torch.minimum(gamma.sqrt() * by_first, consistent)

@@ -122,6 +122,44 @@ def test_cross_entropy_is_told_by_its_slope(loss, expected):
     assert heads.is_softmax_cross_entropy(loss, 4, torch.tensor([2])) is expected
 
 
+# ---------------------------------------------------------------------- squared error
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 10])
+@pytest.mark.parametrize(("reduction", "share"), [("mean", True), ("sum", False)])
+@pytest.mark.parametrize("known", [True, False], ids=["target known", "target unknown"])
+def test_squared_error_heads_hold_the_true_one(outputs, reduction, share, known):
+    weight, x = random(outputs, 20), random(20, seed=1)
+    y = torch.eye(outputs, dtype=torch.float64)[[outputs - 1]]
+    s = 2 / outputs if share else 2.0
+    k = s * (weight @ x - y[0])
+    targets = heads.squared_error_targets(nn.MSELoss(reduction=reduction), outputs, y if known else None, weight)
+    assert any(torch.equal(t, y) and scale == pytest.approx(s) for t, scale in targets)
+    found = heads.squared_error_heads(weight, torch.outer(k, x), targets)
+    best = min(found, key=lambda head: float((head.x - x).norm()))
+    assert torch.allclose(best.x, x, rtol=1e-9)
+    assert torch.allclose(best.k, k, rtol=1e-9)
+    assert torch.equal(best.targets, y)
+    if outputs > 2:
+        assert len(found) == 1  # across `k` the equations hold for one target and one scale
+
+
+def test_a_target_that_is_no_class_must_be_given():
+    weight, x, y = random(3, 20), random(20, seed=1), random(1, 3, seed=2)
+    gradient = torch.outer(weight @ x - y[0], x)
+    loss = nn.MSELoss()
+    known = heads.squared_error_heads(weight, 2 / 3 * gradient, heads.squared_error_targets(loss, 3, y, weight))
+    assert min(float((head.x - x).norm()) for head in known) < 1e-9
+    guessed = heads.squared_error_heads(weight, 2 / 3 * gradient, heads.squared_error_targets(loss, 3, None, weight))
+    assert min(float((head.x - x).norm()) for head in guessed) > 1e-3
+
+
+@pytest.mark.parametrize("loss", [nn.L1Loss(), nn.SmoothL1Loss(), nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss()])
+def test_squared_error_is_told_by_its_slope(loss):
+    assert heads.squared_error_targets(loss, 3, None, like()) == []
+    assert heads.squared_error_targets(nn.MSELoss(), 3, torch.tensor([1]), like()) == []
+
+
 def test_targets_follow_from_the_derivative():
     ce, bce, margin = nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), nn.SoftMarginLoss()
     assert heads.recover_targets(ce, torch.tensor([0.1, 0.2, -0.3]).double()).tolist() == [2]

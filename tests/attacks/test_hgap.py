@@ -107,11 +107,13 @@ def test_without_a_deficit_it_is_rgap(digit_pictures):
     x, y = digit(digit_pictures, 5)
     observation = observe(seeded(lambda: models.digits_convnet(activation="leaky_relu")), CE, x, y)
     plain, result = RGAP()(observation), HGAP()(observation)
-    assert torch.equal(plain.inputs, result.inputs)
+    assert torch.allclose(plain.inputs, result.inputs, rtol=0, atol=1e-6)  # R-GAP ends its iterations earlier
     assert plain.converged
     assert result.converged
     assert result.details["deficient"] == []
-    assert result.details["layers"] == plain.details["layers"]
+    counts = ("layer", "unknowns", "weight_constraints", "gradient_constraints", "rank_bound", "crossed")
+    pairs = zip(result.details["layers"], plain.details["layers"], strict=True)
+    assert all(ours[name] == theirs[name] for ours, theirs in pairs for name in counts)
 
 
 def test_more_than_the_layers_below_can_know_is_not_called_converged(digit_pictures):
@@ -154,7 +156,7 @@ def test_wide_layers_keep_the_plain_solution(digit_pictures):
     x, y = digit(digit_pictures, 3)
     observation = observe(seeded(narrow), CE, x, y)
     plain, result = RGAP()(observation), HGAP(max_unknowns=191)(observation)
-    assert torch.equal(plain.inputs, result.inputs)
+    assert torch.allclose(plain.inputs, result.inputs, rtol=0, atol=1e-6)  # R-GAP ends its iterations earlier
     assert not result.converged
     assert result.details["deficient"] == []
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from gradguard import models
 from gradguard.attacks import RGAP, Observation
+from gradguard.attacks.rgap_layer import LayerSolver, natural_damping
+from gradguard.chain import walk
 from gradguard.data import photos
 from gradguard.errors import InputError, UnsupportedModelError
 from gradguard.gradients import LossGradient
@@ -93,7 +95,7 @@ def test_cnn6_d_is_not_determined_and_the_attack_says_so():
     assert result.matching_loss > 1e-3
     short = {row["layer"]: row for row in result.details["layers"]}
     assert short["2"]["rank_bound"] < short["2"]["unknowns"]
-    assert short["2"]["residual"] < 1e-10  # a solution of least norm fits its own constraints,
+    assert short["2"]["residual"] < 1e-8  # a solution of least norm fits its own constraints,
     assert short["0"]["residual"] > 1e-2  # and the layer below finds out
 
 
@@ -125,8 +127,11 @@ def test_lenet_with_sigmoids():
         (1, nn.SoftMarginLoss(), label(-1.0), "logistic"),
         (2, CE, torch.tensor([1]), "softmax"),
         (10, CE, torch.tensor([4]), "softmax"),
+        (1, nn.MSELoss(), label(1.0), "squared"),
+        (10, nn.MSELoss(), torch.eye(10)[[4]], "squared"),
+        (10, nn.MSELoss(reduction="sum"), torch.eye(10)[[4]], "squared"),
     ],
-    ids=["BCE", "SoftMargin", "2 classes", "10 classes"],
+    ids=["BCE", "SoftMargin", "2 classes", "10 classes", "MSE", "MSE of 10", "MSE, sum"],
 )
 @pytest.mark.parametrize("labels", [True, False], ids=["label known", "label unknown"])
 def test_heads_without_a_bias(digit_pictures, classes, loss, y, head, labels):
@@ -294,6 +299,93 @@ def test_average_pooling_of_windows_that_overlap_can_be_undone(digit_pictures):
     assert result.converged
 
 
+# ---------------------------------------------------------------------- two branches
+
+
+@pytest.mark.parametrize(("kind", "turn"), [(nn.SiLU, -1.2785), (nn.GELU, -0.7518), (nn.Mish, -1.1924)])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_activations_with_a_turn_give_a_digit_away(digit_pictures, kind, turn, scale):
+    """With larger weights some units are below the turn: the equations tell which."""
+    x, y = digit_pictures.images[1:2].double(), digit_pictures.labels[1:2]
+    model = seeded(models.digits_convnet, 1).double()
+    model[1], model[3] = kind(), kind()
+    with torch.no_grad():
+        model[0].weight.mul_(scale)
+        model[2].weight.mul_(scale)
+        arguments = model[2](model[1](model[0](x))), model[0](x)
+    result = RGAP()(observe(model, CE, x, y, labels=False))
+    rows = result.details["layers"]
+    assert psnr(result.inputs, x) > 120
+    assert result.converged
+    assert [row["crossed"] for row in rows] == [int((z < turn).sum()) for z in arguments]
+    assert scale == 1 or min(row["crossed"] for row in rows) > 0
+    assert [row["ambiguous"] for row in rows] == [int((z < 0).sum()) for z in arguments]
+
+
+def test_branches_that_are_not_resolved_are_no_convergence(digit_pictures):
+    x, y = digit_pictures.images[2:3].double(), digit_pictures.labels[2:3]
+    model = seeded(models.digits_convnet, 2).double()
+    model[1] = model[3] = nn.GELU()
+    with torch.no_grad():
+        model[0].weight.mul_(10)
+        model[2].weight.mul_(10)
+    result = RGAP()(observe(model, CE, x, y))
+    assert psnr(result.inputs, x) < 40
+    assert not result.converged
+
+
+# ---------------------------------------------------------------------- batches on linear layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_examples_that_alone_activate_units_come_back_from_a_batch(digit_pictures, dtype):
+    x, y = digit_pictures.images[:4], digit_pictures.labels[:4]
+    model = seeded(lambda: models.fcn((64, 300, 10), activation="relu", bias=True))
+    result = RGAP()(observe(model, CE, x, y, dtype=dtype, batch_size=4))
+    exact = result.details["exact"]
+    assert exact >= 3
+    assert min(result.details["units"]) >= 3
+    quality = [max(psnr(found, true) for true in x) for found in result.inputs]
+    assert min(quality[:exact]) > (120 if dtype == torch.float64 else 60)
+    nearest = {max(range(4), key=lambda i, found=found: psnr(found, x[i])) for found in result.inputs[:exact]}
+    assert len(nearest) == exact  # no example twice
+    assert result.converged == (exact == 4)
+    assert f"{exact} of 4 examples" in result.details["note"]
+
+
+@pytest.mark.parametrize("width", [80, 1000])
+def test_no_mixture_is_taken_for_an_example(digit_pictures, width):
+    """Among a thousand units some that share two examples have nearly the same ratio by chance."""
+    for seed in range(5):
+        x, y = (v[4 * seed : 4 * seed + 4] for v in (digit_pictures.images, digit_pictures.labels))
+        model = seeded(lambda: models.fcn((64, width, 10), activation="relu", bias=True), seed)
+        result = RGAP()(observe(model, CE, x, y, dtype=torch.float32, batch_size=4))
+        quality = [max(psnr(found, true) for true in x) for found in result.inputs[: result.details["exact"]]]
+        assert quality
+        assert min(quality) > 60
+
+
+@pytest.mark.parametrize("options", [{"activation": "tanh", "bias": True}, {"activation": "leaky_relu"}])
+def test_a_batch_without_such_units_is_a_combination(digit_pictures, options):
+    x, y = digit_pictures.images[:4], digit_pictures.labels[:4]
+    model = seeded(lambda: models.fcn((64, 80, 10), **options))
+    result = RGAP()(observe(model, CE, x, y, batch_size=4))
+    assert result.details["exact"] == 0
+    assert result.inputs.shape == (4, 1, 8, 8)
+    assert all(torch.equal(found, result.inputs[0]) for found in result.inputs)
+    assert not result.converged
+    assert "combination" in result.details["note"]
+
+
+def test_one_output_above_the_first_layer_makes_agreement_say_nothing(digit_pictures):
+    """Every unit's `k` is then the same up to a factor: units that share two examples agree as well."""
+    x, y = digit_pictures.images[:4], torch.tensor([[0.0], [1.0], [0.0], [1.0]])
+    model = seeded(lambda: models.fcn((64, 300, 1), activation="relu", bias=True))
+    result = RGAP()(observe(model, BCE, x, y, batch_size=4))
+    assert result.details["exact"] == 0
+    assert not result.converged
+
+
 # ---------------------------------------------------------------------- noise
 
 
@@ -306,8 +398,43 @@ def test_a_noisy_gradient_does_not_blow_up_silently():
     assert results[1e-6].converged
     assert not results[1e-2].converged
     assert results[1e-2].details["residual"] > 1e-2
-    damped = RGAP(damping=0.1)(observe(seeded(models.cnn6), BCE, x, label(1.0), noise=1e-2))
-    assert psnr(damped.inputs, x) > psnr(results[1e-2].inputs, x) + 1
+
+
+@pytest.mark.parametrize(("noise", "at_least"), [(1e-4, 28), (1e-3, 15), (1e-2, 11)])
+def test_damping_by_itself_is_as_good_as_the_best_fixed_one(noise, at_least, monkeypatch):
+    """Most is gained by moving units back over their kinks; without either the picture is lost."""
+    x = photos(32).images[:1]
+    observation = observe(seeded(models.cnn6), BCE, x, label(1.0), noise=noise)
+    automatic = RGAP()(observation)
+    assert psnr(automatic.inputs, x) > at_least
+    assert any(row["crossed"] for row in automatic.details["layers"])
+    assert all(row["damping"] > 0 for row in automatic.details["layers"])
+    with monkeypatch.context() as patch:
+        patch.setattr("gradguard.attacks.rgap_layer._ROUNDS", 0)
+        fixed = [psnr(RGAP(damping=d)(observation).inputs, x) for d in (0.0, 1e-2, 1e-1)]
+    assert psnr(automatic.inputs, x) > max(fixed)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-3, 1e-2])
+def test_automatic_damping_costs_nothing_where_none_is_needed(digit_pictures, noise):
+    x, y = digit_pictures.images[3:4], digit_pictures.labels[3:4]
+    observation = observe(seeded(lambda: models.digits_convnet(activation="tanh")), CE, x, y, noise=noise)
+    automatic, none = (psnr(RGAP(damping=d)(observation).inputs, x) for d in (None, 0.0))
+    assert automatic > none - 0.5
+
+
+def test_natural_damping_is_noise_over_signal():
+    """A layer of 400 equations in 20 unknowns, as many as determine both to a tenth."""
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Linear(20, 400, bias=False).double()
+    layer = walk(LossGradient(module, nn.MSELoss()), (20,)).layers[0]
+    w = module.weight.detach() / module.weight.detach().norm(dim=1, keepdim=True)
+    x = torch.randn(20, generator=generator, dtype=torch.float64)
+    for noise in (1e-12, 1e-3, 0.1):
+        z = w @ x + noise * torch.randn(400, generator=generator, dtype=torch.float64)
+        solver = LayerSolver(damping=None, max_iterations=100, tolerance=None)
+        solved = solver.solve(layer, w, None, z, torch.ones_like(z))
+        assert natural_damping(solved) == pytest.approx(noise / float(x.square().mean().sqrt()), rel=0.1)
 
 
 def test_a_unit_that_rounding_puts_on_the_wrong_side_of_its_kink(digit_pictures, monkeypatch):
@@ -326,7 +453,7 @@ def test_a_unit_that_rounding_puts_on_the_wrong_side_of_its_kink(digit_pictures,
         crossed += sum(row["crossed"] for row in result.details["layers"])
         recovered.append(psnr(result.inputs, x))
         with monkeypatch.context() as patch:
-            patch.setattr("gradguard.attacks.rgap._MOST_DOUBTS", 0)
+            patch.setattr("gradguard.attacks.rgap_layer._ROUNDS", 0)
             without.append(psnr(RGAP()(observation).inputs, x))
     assert crossed == 1
     assert min(recovered) > 120
@@ -357,21 +484,15 @@ def test_running_out_of_iterations_is_not_convergence(batch, convnet):
 # ---------------------------------------------------------------------- refusals, before any solve
 
 
-def test_a_batch_is_refused(batch, convnet):
+def test_a_batch_on_convolutions_is_refused(batch, convnet):
     observation = observe(convnet, CE, *batch, batch_size=4)
-    with pytest.raises(InputError, match=r"one picture.*batch of 4"):
+    with pytest.raises(InputError, match=r"one picture.*batch of 4.*convolutions"):
         RGAP()(observation)
 
 
 def test_a_model_that_is_no_chain_is_refused_by_name(batch):
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(18, 10))
     with pytest.raises(UnsupportedModelError, match=r"'1' \(MaxPool2d\)"):
-        RGAP().check(observe(model, CE, batch[0][:1], batch[1][:1]))
-
-
-def test_what_is_not_one_to_one_below_the_start_is_refused_by_name(batch):
-    model = models.digits_convnet(activation="gelu")
-    with pytest.raises(UnsupportedModelError, match=r"'1' \(GELU\)"):
         RGAP().check(observe(model, CE, batch[0][:1], batch[1][:1]))
 
 
@@ -382,7 +503,8 @@ def without_bias(outputs):
 @pytest.mark.parametrize(
     ("model", "loss", "y", "message"),
     [
-        (without_bias(1), nn.MSELoss(), label(1.0), "'3'.*no bias.*BCEWithLogitsLoss"),
+        (without_bias(1), nn.L1Loss(), label(1.0), "'3'.*no bias.*BCEWithLogitsLoss"),
+        (without_bias(3), nn.MSELoss(), torch.tensor([1]), "nor squared error.*outputs' shape"),
         (
             without_bias(1),
             nn.BCEWithLogitsLoss(pos_weight=torch.tensor([3.0])),
@@ -397,7 +519,7 @@ def without_bias(outputs):
             r"'0' \(Conv2d\).*gradient of a convolution.*Flatten and Linear",
         ),
     ],
-    ids=["MSE", "weighted BCE", "label smoothing", "convolution"],
+    ids=["L1", "MSE of a class index", "weighted BCE", "label smoothing", "convolution"],
 )
 def test_a_last_layer_that_gives_no_start_is_refused(batch, model, loss, y, message):
     with pytest.raises(UnsupportedModelError, match=message):
@@ -424,8 +546,8 @@ def test_a_zero_gradient_is_refused(batch):
     ("options", "message"),
     [
         ({"tolerance": 0.0}, "`tolerance` must be positive"),
-        ({"damping": -1.0}, "`damping` must be zero or positive"),
-        ({"damping": math.inf}, "`damping` must be zero or positive, and finite"),
+        ({"damping": -1.0}, "`damping` must be None, or zero or positive"),
+        ({"damping": math.inf}, "`damping` must be None, or zero or positive and finite"),
         ({"max_iterations": 0}, "`max_iterations` must be at least 1"),
     ],
 )

@@ -6,7 +6,7 @@ from torch import nn
 
 from gradguard import models
 from gradguard.errors import InputError
-from gradguard.leakage import advice, rank_analysis
+from gradguard.leakage import advice, advised, rank_analysis
 
 
 def test_lenet_s_first_layer_with_fewer_filters():
@@ -81,6 +81,42 @@ def test_the_model_and_the_global_generator_are_left_alone():
     advice(model, (1, 8, 8))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_what_no_attack_gets_around_comes_first():
+    verdicts = [a.verdict for a in advice(models.lenet(), (1, 28, 28), limit=6)]
+    assert verdicts == ["not recoverable"] * 2 + ["optimisation only"] * 4
+    (first, *_) = advice(models.digits_convnet(), (1, 8, 8), beyond_virtual=False)
+    assert first.verdict == "not recoverable"
+
+
+def test_advised_is_the_changed_model_with_weights_of_its_own():
+    model = models.digits_convnet().train()
+    (change,) = advice(model, (1, 8, 8))
+    torch.manual_seed(0)
+    changed = advised(model, (1, 8, 8), change)
+    assert changed.training
+    assert changed[0].stride == (4, 4)
+    assert changed(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    analysis = rank_analysis(changed, (1, 8, 8))
+    assert (analysis.verdict, analysis.index) == (change.verdict, change.index)
+    torch.manual_seed(0)
+    again = advised(model, (1, 8, 8), change)
+    torch.manual_seed(1)
+    other = advised(model, (1, 8, 8), change)
+    assert torch.equal(changed[0].weight, again[0].weight)
+    assert not torch.equal(changed[0].weight, other[0].weight)
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return self.inner(x)
+
+    with pytest.raises(InputError, match="cannot be rebuilt with '0' changed"):
+        advised(Own(), (1, 8, 8), change)
 
 
 def test_options():

@@ -250,6 +250,36 @@ def test_maximum_pooling_counts_the_maxima_and_says_what_it_takes_for_granted():
     assert "MaxPool2d is taken to tell where the maxima were" in first.note
 
 
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_what_r_gap_cannot_undo_is_for_an_optimisation_at_best(batch_norm):
+    """Nothing is short, and still R-GAP does not know which element was the largest."""
+    norm = [nn.BatchNorm2d(16)] if batch_norm else []
+    layers = (nn.Conv2d(1, 16, 3, padding=1), *norm, nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1))
+    model = nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.Linear(512, 10)).eval()
+    found = rank_analysis(model, (1, 8, 8))
+    assert [row.verdict for row in found.layers] == ["optimisation only", "closed form", "closed form"]
+    assert found.index == 0
+    check = rank_check(model, (1, 8, 8))
+    assert not check.fine
+    assert "what R-GAP cannot undo" in check.reasons[0]
+
+
+def test_gelu_s_branches_count_as_known():
+    found = rank_analysis(models.digits_convnet(activation="gelu"), (1, 8, 8))
+    assert found.verdict == "closed form"
+    assert "which of two arguments" in found.layers[0].note
+
+
+def test_a_maximum_pooling_lets_no_more_through_than_it_puts_out():
+    """2 filters, 4 by 4 maxima each and 9 weights: at most 2 (16 + 9 - 1) equations for 64 pixels."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(2, 16, 3, padding=1), nn.Tanh())
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 10))
+    found = rank_analysis(model, (1, 8, 8))
+    assert found.verdict == found.layers[0].verdict == "not recoverable"
+    assert jacobian_rank(model.double(), random_picture()) <= found.layers[0].rank == 48
+
+
 @pytest.mark.parametrize(
     ("pool", "outputs"),
     [(nn.AvgPool2d(2), 64), (nn.AdaptiveAvgPool2d(1), 4), (nn.AvgPool2d(3, 1, 1), 256), (nn.AdaptiveAvgPool2d(5), 100)],
