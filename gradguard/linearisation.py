@@ -35,17 +35,26 @@ class Linearisation:
     """The gradients of `R` problems of `n` examples each, at `inputs`, as functions of the inputs.
 
     `parameters`: where, as `gradient.parameters()`. `inputs`: `(R, n, *input_shape)`; `targets`: `(R, n, ...)`.
-    `weight`: factor on each problem's loss. Only for gradients that are bilinear (see `is_bilinear`).
+    `weight`: factor on each problem's loss. `with_targets`: as functions of the (floating-point) targets, too.
+    Only for gradients that are bilinear (see `is_bilinear`).
     """
 
     def __init__(
-        self, gradient: LossGradient, parameters: Gradient, inputs: Tensor, targets: Tensor, weight: float = 1.0
+        self,
+        gradient: LossGradient,
+        parameters: Gradient,
+        inputs: Tensor,
+        targets: Tensor,
+        weight: float = 1.0,
+        *,
+        with_targets: bool = False,
     ) -> None:
         self.problems = len(inputs)
         self.parameters = parameters
         self.shape = inputs.shape
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             self._x = inputs.detach().flatten(0, 1).requires_grad_(True)
+            self._targets = targets = targets.detach().requires_grad_(with_targets)
             with _recorded(gradient, len(self._x)) as recorded:
                 outputs = gradient.outputs(parameters, self._x)
             loss = weight * vmap(gradient.loss_fn)(outputs.unflatten(0, inputs.shape[:2]), targets).sum()
@@ -81,10 +90,13 @@ class Linearisation:
 
     def pull_back(self, cotangents: list[tuple[Tensor, Tensor]]) -> Tensor:
         """The transpose of `tangents`: `(R, n, *input_shape)`."""
-        both = [part for pair in cotangents for part in pair]
-        chosen = [both[i] for i in self._moving]
-        (found,) = torch.autograd.grad(self._values, self._x, chosen, retain_graph=True)
+        (found,) = torch.autograd.grad(self._values, self._x, self._chosen(cotangents), retain_graph=True)
         return found.reshape(self.shape)
+
+    def _chosen(self, cotangents: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Those of the values that move."""
+        both = [part for pair in cotangents for part in pair]
+        return [both[i] for i in self._moving]
 
     # ------------------------------------------------------------------ products with the Jacobian
 
@@ -100,6 +112,19 @@ class Linearisation:
 
     def matvec(self, delta: Mapping[str, Tensor]) -> Tensor:
         """`J_r delta_r` (`R` or one row per parameter: `(R, *parameter_shape)`): `(R, n, *input_shape)`."""
+        return self.pull_back(self._cotangents(delta))
+
+    def matvec_with_targets(self, delta: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The same, and the derivative of `<delta_r, gradient_r>` by the targets, shaped as they (`None` if fixed)."""
+        if not self._targets.requires_grad:
+            return self.matvec(delta), None
+        by_inputs, by_targets = torch.autograd.grad(
+            self._values, [self._x, self._targets], self._chosen(self._cotangents(delta)), retain_graph=True
+        )
+        return by_inputs.reshape(self.shape), by_targets
+
+    def _cotangents(self, delta: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Derivatives of `<delta_r, gradient_r>` by every call's operand and signal."""
         cotangents = []
         for call in self.calls:
             layer = call.layer
@@ -109,7 +134,7 @@ class Linearisation:
             if layer.bias_name is not None:
                 to_k = to_k + layer.spread_bias(delta[layer.bias_name], call.k)
             cotangents.append((to_a, to_k))
-        return self.pull_back(cotangents)
+        return cotangents
 
     def gram(self, u: Tensor) -> Tensor:
         """`J_r J_r^T u_r`: `(R, n, *input_shape)`, with no parameter-sized vector where a layer has a shorter way."""

@@ -39,24 +39,32 @@ class PowerLawPrior:
 
     def sqrt(self, x: Tensor) -> Tensor:
         """`C^{1/2} x` for `x` of shape `(N, channels, height, width)` (or `(N, ...)`, where `C` is `std^2 I`)."""
-        if x.ndim != 4:
-            return self.std * x
-        channels, height, width = x.shape[1:]
-        rows, columns = dct_matrix(height, x), dct_matrix(width, x)
-        x = rows @ x @ columns.mT
-        x = rows.mT @ (x * self.variances(height, width, x).sqrt()) @ columns
-        return torch.einsum("cd,ndhw->nchw", self._channel_root(channels, x), x)
+        return self._root(x, 1)
+
+    def inverse_sqrt(self, x: Tensor) -> Tensor:
+        """`C^{-1/2} x`, for `x` as in `sqrt`: what has unit variance in every direction if `x` was drawn from here."""
+        return self._root(x, -1)
 
     def apply(self, x: Tensor) -> Tensor:
         """`C x`."""
         return self.sqrt(self.sqrt(x))
 
-    def _channel_root(self, channels: int, like: Tensor) -> Tensor:
-        """The symmetric root of `(1 - r) I + r 1 1^T`, whose eigenvectors are the constant and the rest."""
+    def _root(self, x: Tensor, sign: int) -> Tensor:
+        """`C^{sign / 2} x`."""
+        if x.ndim != 4:
+            return self.std**sign * x
+        channels, height, width = x.shape[1:]
+        rows, columns = dct_matrix(height, x), dct_matrix(width, x)
+        x = rows @ x @ columns.mT
+        x = rows.mT @ (x * self.variances(height, width, x) ** (sign / 2)) @ columns
+        return torch.einsum("cd,ndhw->nchw", self._channel_root(channels, x, sign), x)
+
+    def _channel_root(self, channels: int, like: Tensor, sign: int) -> Tensor:
+        """`((1 - r) I + r 1 1^T)^{sign / 2}`, whose eigenvectors are the constant and the rest."""
         mean = torch.full((channels, channels), 1 / channels, dtype=like.dtype, device=like.device)
         rest = torch.eye(channels, dtype=like.dtype, device=like.device) - mean
         r = self.channel_correlation
-        return math.sqrt(1 - r) * rest + math.sqrt(1 - r + r * channels) * mean
+        return (1 - r) ** (sign / 2) * rest + (1 - r + r * channels) ** (sign / 2) * mean
 
 
 def dct_matrix(n: int, like: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.func import grad
 
 from gradguard.errors import InputError
 from gradguard.gradients import Gradient, LossGradient, add, norm
+from gradguard.local_training import LocalTraining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class Observation:
     `labels`: int64 `(B,)` or, for a binary loss, float `(B, 1)`; `None` if the attacker does not have them.
     `num_classes`: `C`; `None` where the loss has no classes.
     `value_range`: the range of valid inputs, which boxed attacks use; `None` if unknown.
+    `local`: how the client trained, if it took several steps; `sent` is then their mean gradient (see
+        `LocalTraining`), and gradient-matching attacks differentiate through the steps. Other attacks refuse.
     """
 
     loss_gradient: LossGradient
@@ -34,6 +37,7 @@ class Observation:
     labels: Tensor | None = None
     num_classes: int | None = None
     value_range: tuple[float, float] | None = (0.0, 1.0)
+    local: LocalTraining | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -53,10 +57,17 @@ class Observation:
             sent={n: g.to(dtype) for n, g in self.sent.items()},
         )
 
+    def gradient(self, parameters: Gradient, inputs: Tensor, targets: Tensor) -> Gradient:
+        """What the client would have sent for other data, as a pure function: what matching attacks compare."""
+        loss = self.loss_gradient.loss
+        if self.local is not None:
+            return self.local(loss, parameters, inputs, targets)
+        return grad(loss)(parameters, inputs, targets)
+
     def matching_loss(self, inputs: Tensor, labels: Tensor) -> float:
         """`|g(inputs) - sent|^2 / |sent|^2`: what every attack's candidates are compared by."""
         function = self.loss_gradient
-        own = grad(function.loss)(function.parameters(), function.cast(inputs), function.cast(labels))
+        own = self.gradient(function.parameters(), function.cast(inputs), function.cast(labels))
         sent = {n: g.to(own[n].dtype) for n, g in self.sent.items()}
         return ((norm(add(own, sent, -1.0)) / norm(sent)) ** 2).item()
 
@@ -93,6 +104,8 @@ class Attack(ABC):
     """
 
     recovers_inputs: ClassVar[bool] = True
+    #: Whether it can attack what a client sends after several local steps.
+    takes_local_training: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -104,14 +117,27 @@ class Attack(ABC):
 
         Raises `InputError` or `UnsupportedModelError` before any long work if the attack cannot work here.
         """
-        self.check(observation)
+        self.check_all(observation)
         start = time.perf_counter()
         result = self.run(observation, generator)
+        return self.finished(observation, result, time.perf_counter() - start)
+
+    def finished(self, observation: Observation, result: Reconstruction, seconds: float) -> Reconstruction:
+        """`result` with what every attack's has: its name, its matching loss, its time."""
         matching_loss = result.matching_loss
         if result.inputs is not None and result.labels is not None:
             # In float64 on the CPU: attacks of different precision are compared by it.
             matching_loss = observation.in_dtype(torch.float64).matching_loss(result.inputs, result.labels)
-        return replace(result, attack=self.name, matching_loss=matching_loss, seconds=time.perf_counter() - start)
+        return replace(result, attack=self.name, matching_loss=matching_loss, seconds=seconds)
+
+    def check_all(self, observation: Observation) -> None:
+        """`check`, after what holds for every attack."""
+        if observation.local is not None and not self.takes_local_training:
+            raise InputError(
+                f"{self.name} attacks a single gradient, and this client took {observation.local.steps} local steps. "
+                "Use a gradient-matching attack, which differentiates through the steps."
+            )
+        self.check(observation)
 
     def check(self, observation: Observation) -> None:
         """Raise for an observation that this attack cannot work on. Cheap; called before `run`."""

@@ -7,19 +7,145 @@ moves there and turns, the others change their step length. There is no inner lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gradguard.attacks.search import Optimiser, Projection, Search, ValueAndGradient, rows_where
+from gradguard.errors import InputError
 from gradguard.linalg.operator import safe_inverse
-
-#: `(T, n) -> values (T,), gradients (T, n)`.
-ValueAndGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 ARMIJO, CURVATURE = 1e-4, 0.9
 MAX_STEPS = 25  # evaluations in one line search
+
+
+@dataclass(frozen=True, kw_only=True)
+class LBFGS(Optimiser):
+    """Limited-memory BFGS. `memory`: pairs kept per trial. `tolerance`: a trial ends when no element of its derivative
+    is larger. It has no way to keep points in a box."""
+
+    evaluations: int = 300
+    memory: int = 20
+    tolerance: float = 1e-12
+
+    def __post_init__(self) -> None:
+        if self.evaluations < 1:
+            raise InputError(f"`evaluations` must be at least 1, got {self.evaluations}.")
+        if self.memory < 1:
+            raise InputError(f"`memory` must be at least 1, got {self.memory}.")
+
+    def search(self, start: Tensor, *, target: float = 0.0, project: Projection | None = None) -> Search:
+        """Every trial from its own start."""
+        if project is not None:
+            raise InputError("L-BFGS moves freely: use Adam where inputs are to be kept in their range.")
+        return LBFGSSearch(start, memory=self.memory, target=target, tolerance=self.tolerance)
+
+
+class LBFGSSearch(Search):
+    """The state of L-BFGS on `T` trials. A non-finite value counts as a step too long."""
+
+    def __init__(self, start: Tensor, *, memory: int, target: float, tolerance: float) -> None:
+        trials, n = start.shape
+        self.target, self.tolerance = target, tolerance
+        self.point, self.gradient = start.clone(), torch.zeros_like(start)
+        self.value = torch.full_like(start[:, 0], float("inf"))
+        self.direction = torch.zeros_like(start)
+        self.step, self.low, self.high = (torch.zeros_like(self.value) for _ in range(3))
+        self.tries = torch.zeros(trials, dtype=torch.int64, device=start.device)
+        yes = torch.ones(trials, dtype=torch.bool, device=start.device)
+        self.new, self.fresh = yes, yes  # not evaluated yet; the direction is steepest descent
+        self.broken = self.stalled = self.ended = ~yes
+        # The last pairs (s, y) of each trial, a ring per trial; an empty slot has rho = 0 and does nothing.
+        self.s, self.y = start.new_zeros(trials, memory, n), start.new_zeros(trials, memory, n)
+        self.rho = start.new_zeros(trials, memory)
+        self.next = torch.zeros(trials, dtype=torch.int64, device=start.device)
+        self.scale = torch.ones_like(self.value)
+
+    def begin(self, which: Tensor, start: Tensor) -> None:
+        """From `start`, with nothing learnt."""
+        self.point = rows_where(which, start, self.point)
+        self.value = torch.where(which, torch.full_like(self.value, float("inf")), self.value)
+        self.direction = rows_where(which, torch.zeros_like(start), self.direction)
+        self.new, self.fresh = self.new | which, self.fresh | which
+        self.broken, self.stalled, self.ended = self.broken & ~which, self.stalled & ~which, self.ended & ~which
+        self._forget(which)
+
+    def advance(self, function: ValueAndGradient) -> None:
+        """Try every trial's step: take it, or change its length."""
+        trial = self.point + self.step[:, None] * self.direction
+        value, gradient = function(trial)
+        finite = torch.isfinite(value) & torch.isfinite(gradient).all(-1)
+        self.broken = self.broken | (self.new & ~finite)
+        first = self.new & finite
+        slope = (self.gradient * self.direction).sum(-1)
+        enough = finite & (value <= self.value + ARMIJO * self.step * slope)
+        turned = (rows_where(finite, gradient, self.gradient) * self.direction).sum(-1) >= CURVATURE * slope
+        self.tries = self.tries + 1
+        worn = self.tries >= MAX_STEPS
+        live = ~self.ended & ~self.new
+        accept = live & enough & (turned | worn)
+        failed = live & worn & ~enough
+
+        self._push(trial - self.point, rows_where(finite, gradient - self.gradient, torch.zeros_like(trial)), accept)
+        # A failed line search drops what was learnt and starts over; failing from there is the end.
+        self.stalled = self.stalled | (failed & self.fresh)
+        self._forget(failed)
+        arrived = accept | first
+        self.point = rows_where(accept, trial, self.point)
+        self.value = torch.where(arrived, value, self.value)
+        self.gradient = rows_where(arrived, gradient, self.gradient)
+
+        turn = arrived | failed
+        downhill = -self._times(self.gradient)
+        steepest = ((downhill * self.gradient).sum(-1) >= 0) | failed | first
+        self.direction = rows_where(turn, rows_where(steepest, -self.gradient, downhill), self.direction)
+        self.fresh = torch.where(turn, steepest, self.fresh)
+        zeros, infinite = torch.zeros_like(self.low), torch.full_like(self.high, float("inf"))
+        self.low = torch.where(turn, zeros, torch.where(enough, self.step, self.low))
+        self.high = torch.where(turn, infinite, torch.where(enough, self.high, self.step))
+        between = torch.where(torch.isfinite(self.high), (self.low + self.high) / 2, 2 * self.step)
+        short = (1 / self.gradient.abs().sum(-1).clamp_min(1e-30)).clamp_max(1.0)
+        self.step = torch.where(turn, torch.where(self.fresh, short, torch.ones_like(short)), between)
+        self.tries = torch.where(turn, torch.zeros_like(self.tries), self.tries)
+        self.new = self.new & ~first
+        self.ended = self.converged | self.stalled | self.broken
+
+    @property
+    def converged(self) -> Tensor:
+        """`(T,)`, by value or by gradient."""
+        return ~self.new & ((self.value <= self.target) | (self.gradient.abs().amax(-1) <= self.tolerance))
+
+    def _push(self, s: Tensor, y: Tensor, which: Tensor) -> None:
+        """Store the pair of the trials in `which`, if its curvature is positive."""
+        product, square = (s * y).sum(-1), (y * y).sum(-1)
+        which = which & (product > torch.finfo(s.dtype).eps * square)
+        slot = (torch.arange(len(s), device=s.device), self.next)
+        self.s[slot] = rows_where(which, s, self.s[slot])
+        self.y[slot] = rows_where(which, y, self.y[slot])
+        self.rho[slot] = torch.where(which, safe_inverse(product), self.rho[slot])
+        self.scale = torch.where(which, product * safe_inverse(square), self.scale)
+        self.next = torch.where(which, (self.next + 1) % self.s.shape[1], self.next)
+
+    def _forget(self, which: Tensor) -> None:
+        """Drop the pairs of the trials in `which`."""
+        self.rho = rows_where(which, torch.zeros_like(self.rho), self.rho)
+        self.scale = torch.where(which, torch.ones_like(self.scale), self.scale)
+
+    def _times(self, gradient: Tensor) -> Tensor:
+        """The two-loop recursion: an approximate inverse Hessian times `gradient`."""
+        size, rows = self.s.shape[1], torch.arange(len(gradient), device=gradient.device)
+        q, alphas = gradient, []
+        order = [(rows, (self.next - 1 - k) % size) for k in range(size)]
+        for slot in order:
+            alpha = self.rho[slot] * (self.s[slot] * q).sum(-1)
+            q = q - alpha[:, None] * self.y[slot]
+            alphas.append(alpha)
+        r = self.scale[:, None] * q
+        for slot, alpha in zip(reversed(order), reversed(alphas), strict=True):
+            beta = self.rho[slot] * (self.y[slot] * r).sum(-1)
+            r = r + (alpha - beta)[:, None] * self.s[slot]
+        return r
 
 
 @dataclass(frozen=True)
@@ -30,50 +156,6 @@ class Minima:
     values: Tensor
     evaluations: int
     converged: Tensor
-
-
-class _Memory:
-    """The last `size` pairs `(s, y)` of each trial, a ring per trial."""
-
-    def __init__(self, start: Tensor, size: int) -> None:
-        trials, n = start.shape
-        self.s = start.new_zeros(size, trials, n)
-        self.y = start.new_zeros(size, trials, n)
-        self.rho = start.new_zeros(size, trials)
-        self.next = torch.zeros(trials, dtype=torch.int64, device=start.device)
-        self.rows = torch.arange(trials, device=start.device)
-        self.scale = torch.ones_like(start[:, 0])
-
-    def push(self, s: Tensor, y: Tensor, which: Tensor) -> None:
-        """Store the pair of the trials in `which`; an empty slot has `rho = 0` and does nothing."""
-        product = (s * y).sum(-1)
-        which = which & (product > torch.finfo(s.dtype).eps * (y * y).sum(-1))
-        slot = (self.next, self.rows)
-        self.s[slot] = torch.where(which[:, None], s, self.s[slot])
-        self.y[slot] = torch.where(which[:, None], y, self.y[slot])
-        self.rho[slot] = torch.where(which, safe_inverse(product), self.rho[slot])
-        self.scale = torch.where(which, product * safe_inverse((y * y).sum(-1)), self.scale)
-        self.next = torch.where(which, (self.next + 1) % len(self.s), self.next)
-
-    def forget(self, which: Tensor) -> None:
-        """Drop the pairs of the trials in `which`."""
-        self.rho = torch.where(which[None], torch.zeros_like(self.rho), self.rho)
-        self.scale = torch.where(which, torch.ones_like(self.scale), self.scale)
-
-    def times(self, gradient: Tensor) -> Tensor:
-        """The two-loop recursion: an approximate inverse Hessian times `gradient`."""
-        size = len(self.s)
-        q, alphas = gradient, []
-        order = [((self.next - 1 - k) % size, self.rows) for k in range(size)]
-        for slot in order:
-            alpha = self.rho[slot] * (self.s[slot] * q).sum(-1)
-            q = q - alpha[:, None] * self.y[slot]
-            alphas.append(alpha)
-        r = self.scale[:, None] * q
-        for slot, alpha in zip(reversed(order), reversed(alphas), strict=True):
-            beta = self.rho[slot] * (self.y[slot] * r).sum(-1)
-            r = r + (alpha - beta)[:, None] * self.s[slot]
-        return r
 
 
 def lbfgs(
@@ -93,58 +175,12 @@ def lbfgs(
     `target`, its gradient's largest element at most `tolerance`, or no step makes progress any more.
     `stop_at_first`: end everything as soon as one trial reaches `target`. A non-finite value counts as a step too long.
     """
-    x = start.clone()
-    value, gradient = function(x)
-    pairs = _Memory(x, memory)
-    direction = -gradient
-    step = (1 / gradient.abs().sum(-1).clamp_min(1e-30)).clamp_max(1.0)
-    low, high = torch.zeros_like(value), torch.full_like(value, float("inf"))
-    tries = torch.zeros_like(pairs.next)
-    fresh = torch.ones_like(value, dtype=torch.bool)  # the direction is steepest descent
-    stalled = ~torch.isfinite(value)
-    tick = 1
-    while tick < evaluations:
-        tick += 1
-        trial = x + step[:, None] * direction
-        new_value, new_gradient = function(trial)
-        finite = torch.isfinite(new_value) & torch.isfinite(new_gradient).all(-1)
-        slope = (gradient * direction).sum(-1)
-        enough = finite & (new_value <= value + ARMIJO * step * slope)
-        turned = (torch.where(finite[:, None], new_gradient, gradient) * direction).sum(-1) >= CURVATURE * slope
-        tries = tries + 1
-        worn = tries >= MAX_STEPS
-        live = ~_ended(value, gradient, target, tolerance) & ~stalled
-        accept = live & enough & (turned | worn)
-        failed = live & worn & ~enough
-
-        pairs.push(trial - x, torch.where(finite[:, None], new_gradient - gradient, torch.zeros_like(x)), accept)
-        # A failed line search drops what was learnt and starts over; failing from there is the end.
-        stalled = stalled | (failed & fresh)
-        pairs.forget(failed)
-        x = torch.where(accept[:, None], trial, x)
-        value = torch.where(accept, new_value, value)
-        gradient = torch.where(accept[:, None], new_gradient, gradient)
-
-        restart = accept | failed
-        downhill = -pairs.times(gradient)
-        uphill = (downhill * gradient).sum(-1) >= 0
-        downhill = torch.where((uphill | failed)[:, None], -gradient, downhill)
-        direction = torch.where(restart[:, None], downhill, direction)
-        fresh = torch.where(restart, uphill | failed, fresh)
-        low = torch.where(restart, torch.zeros_like(low), torch.where(enough, step, low))
-        high = torch.where(restart, torch.full_like(high, float("inf")), torch.where(enough, high, step))
-        between = torch.where(torch.isfinite(high), (low + high) / 2, 2 * step)
-        first = (1 / gradient.abs().sum(-1).clamp_min(1e-30)).clamp_max(1.0)
-        step = torch.where(restart, torch.where(fresh, first, torch.ones_like(step)), between)
-        tries = torch.where(restart, torch.zeros_like(tries), tries)
-
+    search = LBFGSSearch(start, memory=memory, target=target, tolerance=tolerance)
+    for tick in range(1, evaluations + 1):
+        search.advance(function)
         if tick % check_every == 0:
-            if stop_at_first and bool((value <= target).any()):
+            if stop_at_first and bool((search.value <= target).any()):
                 break
-            if bool((_ended(value, gradient, target, tolerance) | stalled).all()):
+            if bool(search.ended.all()):
                 break
-    return Minima(x, value, tick, _ended(value, gradient, target, tolerance))
-
-
-def _ended(value: Tensor, gradient: Tensor, target: float, tolerance: float) -> Tensor:
-    return (value <= target) | (gradient.abs().amax(-1) <= tolerance)
+    return Minima(search.point, search.value, tick, search.converged)

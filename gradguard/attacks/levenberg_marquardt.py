@@ -19,6 +19,8 @@ from gradguard.linalg import dense_least_squares, lsmr
 
 #: `J` of all trials is formed where it takes at most this many elements (512 MiB in float64) and few rows.
 DENSE_ELEMENTS, DENSE_SIZE = 2**26, 256
+#: A matching loss that only the picture itself reaches; another trial of it has nothing to add.
+MATCHED = 1e-20
 
 
 def levenberg_marquardt(
@@ -26,77 +28,122 @@ def levenberg_marquardt(
     inputs: Tensor,
     labels: Tensor,
     *,
+    sent: Gradient | None = None,
+    groups: Tensor | None = None,
     iterations: int = 50,
     inner_iterations: int = 100,
     tolerance: float = 1e-13,
 ) -> Minima:
     """Refine trials of an attack.
 
-    `inputs`: `(T, B, *input_shape)`; `labels`: `(T, B, ...)`, kept. Ends when every trial's step is below
-    `tolerance` relative to its inputs, or its damping has grown until no step makes progress.
+    `inputs`: `(T, B, *input_shape)`; `labels`: `(T, B, ...)`, kept. `sent`: `(T, *parameter_shape)` where trials are of
+    different gradients than the observation's. `groups`: `(T,)`, which picture a trial is of: once a trial matches to
+    rounding the others of its picture have lost and stay where they are. A trial ends when its step is below
+    `tolerance` relative to its inputs.
     Returns points `(T, B D)` and values: the relative squared matching loss. For `T B D` inputs that are too many
     for a dense `J` the step is solved by at most `inner_iterations` of LSMR.
     """
     function = observation.loss_gradient
     parameters = function.parameters()
-    sent = flatten(observation.sent)
-    scale = (sent @ sent).sqrt()
+    all_sent = flatten(observation.sent)[None] if sent is None else flatten(sent, batch_dims=1)
+    all_sent = all_sent.expand(len(inputs), -1)
+    all_groups = torch.arange(len(inputs), device=inputs.device) if groups is None else groups
 
     def gradient_of(x: Tensor, y: Tensor) -> Tensor:
         g: Gradient = grad(function.loss)(parameters, x, y)
         return flatten(g)
 
     residual_of = vmap(gradient_of)
-    shape = inputs.shape
-    x = inputs.flatten(1).clone()
-    residual = (residual_of(inputs, labels) - sent) / scale
-    value = (residual * residual).sum(-1)
-    damping, growth = torch.zeros_like(value), torch.full_like(value, 2.0)
-    done = ~torch.isfinite(value)
-    for iteration in range(iterations):
-        jacobian = InputJacobian.of_trials(function, x.reshape(shape), labels)
+    shape = inputs.shape[1:]
+    rows = torch.arange(len(inputs), device=inputs.device)
+    going = _Going(
+        x=inputs.flatten(1).clone(), labels=labels, sent=all_sent, groups=all_groups, scale=_length(all_sent)
+    )
+    going.residual = (residual_of(inputs, labels) - going.sent) / going.scale[:, None]
+    going.value = (going.residual * going.residual).sum(-1)
+    going.growth = torch.full_like(going.value, 2.0)
+    going.done = ~torch.isfinite(going.value)
+    points, values, done = going.x.clone(), going.value.clone(), going.done.clone()
+    iteration = 0
+    while iteration < iterations and len(rows):
+        jacobian = InputJacobian.of_trials(function, going.x.unflatten(1, shape), going.labels)
         if iteration == 0:
             # In units of J J^T: the squared length of J^T along a random direction, the same for every trial. (No
             # constant one: networks that subtract their input's mean do not see it, and damping 0 never grows.)
-            probe = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x)
-            image = jacobian.transpose_operator().matvec((probe / probe.norm()).expand_as(x)) / scale
-            damping = 1e-3 * (image * image).sum(-1)
-        step = _step(jacobian, residual, damping, scale, inner_iterations)
-        candidate = x + step
-        new_residual = (residual_of(candidate.reshape(shape), labels) - sent) / scale
-        new_value = (new_residual * new_residual).sum(-1)
-        better = torch.isfinite(new_value) & (new_value < value) & ~done
-        predicted = value - _linear_value(jacobian, residual, step, scale)
-        ratio = (value - new_value) / predicted.clamp_min(torch.finfo(value.dtype).tiny)
-        size = torch.linalg.vector_norm(step, dim=-1) / torch.linalg.vector_norm(x, dim=-1)
-        x = torch.where(better[:, None], candidate, x)
-        residual = torch.where(better[:, None], new_residual, residual)
-        value = torch.where(better, new_value, value)
+            probe = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(inputs)
+            probe = (probe / probe.norm()).flatten().expand_as(going.x)
+            image = jacobian.transpose_operator().matvec(probe) / going.scale[:, None]
+            going.damping = 1e-3 * (image * image).sum(-1)
+        iteration += 1
+        step = _step(jacobian, going.residual, going.damping, going.scale, inner_iterations)
+        candidate = going.x + step
+        residual = (residual_of(candidate.unflatten(1, shape), going.labels) - going.sent) / going.scale[:, None]
+        value = (residual * residual).sum(-1)
+        better = torch.isfinite(value) & (value < going.value) & ~going.done
+        predicted = going.value - _linear_value(jacobian, going.residual, step, going.scale)
+        ratio = (going.value - value) / predicted.clamp_min(torch.finfo(value.dtype).tiny)
+        size = _length(step) / _length(going.x)
+        going.x = torch.where(better[:, None], candidate, going.x)
+        going.residual = torch.where(better[:, None], residual, going.residual)
+        going.value = torch.where(better, value, going.value)
         shrink = (1 - (2 * ratio - 1) ** 3).clamp_min(1 / 3)
-        damping = torch.where(better, damping * shrink, damping * growth)
-        growth = torch.where(better, torch.full_like(growth, 2.0), growth * 2)
-        done = done | (size <= tolerance)
-        if bool(done.all()):
-            break
-    return Minima(x, value, iteration + 1, done)
+        going.damping = going.damping * torch.where(better, shrink, going.growth)
+        going.growth = torch.where(better, torch.full_like(going.growth, 2.0), going.growth * 2)
+        going.done = going.done | (size <= tolerance)
+        points[rows], values[rows], done[rows] = going.x, going.value, going.done
+        left = torch.nonzero(~(going.done | _lost(values, all_groups)[rows])).flatten()
+        if len(left) < len(rows):
+            rows = rows[left]
+            going.select(left)
+    return Minima(points, values, iteration, done)
+
+
+class _Going:
+    """The state of the trials that are still going, one row each."""
+
+    def __init__(self, **state: Tensor) -> None:
+        self.x, self.labels, self.sent = state["x"], state["labels"], state["sent"]
+        self.groups, self.scale = state["groups"], state["scale"]
+        self.residual = self.value = self.damping = self.growth = self.done = state["scale"]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the trials `rows` only."""
+        for name, value in vars(self).items():
+            setattr(self, name, value[rows])
+
+
+def _lost(values: Tensor, groups: Tensor) -> Tensor:
+    """`(T,)`: trials whose group has a match to rounding that is not they."""
+    matched = values <= MATCHED
+    found = torch.zeros(int(groups.max()) + 1, dtype=torch.int64, device=groups.device)
+    found = found.index_add(0, groups, matched.long())
+    return (found[groups] > 0) & ~matched
+
+
+def _length(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=-1)
 
 
 def _step(jacobian: InputJacobian, residual: Tensor, damping: Tensor, scale: Tensor, inner_iterations: int) -> Tensor:
     """`argmin_s |J^T s / scale + r|^2 + damping |s|^2`."""
     elements = jacobian.num_problems * jacobian.size * jacobian.gradient.num_parameters
     if jacobian.size <= DENSE_SIZE and elements <= DENSE_ELEMENTS:
-        matrix = jacobian.dense().mT / scale
+        matrix = jacobian.dense().mT / scale[:, None, None]
         # A trial where the network overflows has lost; a decomposition of its J would end the others with it.
         finite = torch.isfinite(matrix).flatten(1).all(-1)
         matrix = torch.where(finite[:, None, None], matrix, torch.zeros_like(matrix))
         return dense_least_squares(matrix, -residual, damping=damping.sqrt()).solution
     operator = jacobian.transpose_operator()
     return lsmr(
-        operator, -residual * scale, damping=damping.sqrt() * scale, max_iterations=inner_iterations, tolerance=1e-8
+        operator,
+        -residual * scale[:, None],
+        damping=damping.sqrt() * scale,
+        max_iterations=inner_iterations,
+        tolerance=1e-8,
     ).solution
 
 
 def _linear_value(jacobian: InputJacobian, residual: Tensor, step: Tensor, scale: Tensor) -> Tensor:
     """`|r + J^T s|^2`, what the linear model expects after the step."""
-    moved = residual + jacobian.transpose_operator().matvec(step) / scale
+    moved = residual + jacobian.transpose_operator().matvec(step) / scale[:, None]
     return (moved * moved).sum(-1)

@@ -215,13 +215,13 @@ def test_joint_labels_need_a_number_of_classes(convnet, cross_entropy, batch):
         (lambda: DLG(restarts=0), "`restarts` must be at least 1, got 0"),
         (lambda: DLG(polish=-1), "`polish` must not be negative, got -1"),
         (lambda: DLG(evaluations=0), "`evaluations` must be at least 1, got 0"),
-        (lambda: DLG(labels="guess"), '`labels` must be "joint" or "inferred", got \'guess\''),
+        (lambda: DLG(labels="guess"), '`labels` must be "inferred", "joint" or "shared", got \'guess\''),
         (lambda: IDLG(labels="none"), "`labels` must be"),
         (lambda: InvertingGradients(restarts=0), "`restarts` must be at least 1"),
         (lambda: InvertingGradients(iterations=0), "`iterations` must be at least 1"),
         (lambda: InvertingGradients(learning_rate=0.0), "`learning_rate` positive"),
         (lambda: InvertingGradients(learning_rate=float("nan")), "`learning_rate` positive"),
-        (lambda: InvertingGradients(total_variation=-1.0), "`total_variation` not negative"),
+        (lambda: InvertingGradients(total_variation=-1.0), "`weight` must be finite and not negative"),
     ],
 )
 def test_bad_options(make, message):

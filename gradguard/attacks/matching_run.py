@@ -1,0 +1,145 @@
+"""A matching attack under way: which trials still go on, when to look, when to stop, and its state in a file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradguard.attacks.base import Observation
+from gradguard.attacks.progress import Checkpoint
+from gradguard.attacks.search import Search
+from gradguard.attacks.trials import Trials
+
+if TYPE_CHECKING:
+    from gradguard.attacks.matching import MatchingAttack
+
+#: Evaluations between two looks at how the trials do: each look reads numbers back from the device.
+CHECK_EVERY = 10
+#: Trials are dropped from the batch once they are no more than this share of it.
+SHRINK_BELOW = 0.75
+#: How often a trial that met nothing finite starts anew.
+MAX_RESTARTS = 5
+#: Seconds between two writes of a checkpoint.
+CHECKPOINT_SECONDS = 10.0
+
+
+class MatchingRun:
+    """A search under way: all trials' best points, and the state of those that are still going."""
+
+    def __init__(
+        self,
+        attack: MatchingAttack,
+        trials: Trials,
+        observations: Sequence[Observation],
+        generator: torch.Generator | None,
+    ) -> None:
+        self.attack, self.trials, self.generator = attack, trials, generator
+        self.observation = observations[0]
+        self.points = torch.cat([self._start(attack.restarts) for _ in observations])
+        self.values = torch.full_like(self.points[:, 0], float("inf"))
+        self.rows = torch.arange(len(self.points), device=self.points.device)
+        self.attempts = torch.zeros(len(self.points), dtype=torch.int64, device=self.points.device)
+        project = self._box if attack.boxed and trials.value_range is not None else None
+        self.state: Search = attack.optimiser.search(self.points, target=attack.target, project=project)
+        self.tick, self.restarted, self.stopped = 0, 0, "budget"
+        self.checkpoint: Checkpoint | None = None
+
+    def _start(self, count: int) -> Tensor:
+        """`count` first points, label logits drawn after the inputs."""
+        device = self.generator.device if self.generator is not None else torch.device("cpu")
+        inputs = self.attack.start((count, *self.trials.shape), self.observation, self.generator).flatten(1)
+        if self.trials.label_mode == "given":
+            return inputs
+        logits = torch.randn(
+            (count, *self.trials.logits_shape), generator=self.generator, dtype=torch.float64, device=device
+        )
+        return torch.cat([inputs, logits.flatten(1).to(inputs)], dim=1)
+
+    def _box(self, points: Tensor) -> Tensor:
+        low, high = self.trials.value_range or (-float("inf"), float("inf"))
+        size = self.trials.size
+        return torch.cat([points[:, :size].clamp(low, high), points[:, size:]], dim=1)
+
+    # ------------------------------------------------------------------ the loop
+
+    def search(self, bar: Any) -> None:
+        """Advance until there is nothing left to gain, or to spend."""
+        attack, began, written = self.attack, time.perf_counter(), time.perf_counter()
+        limit = attack.optimiser.evaluations
+        while self.tick < limit:
+            self.state.advance(lambda points: self.trials.value_and_gradient(points, self.rows))
+            self.tick += 1
+            if self.tick % CHECK_EVERY and self.tick < limit:
+                continue
+            bar(self.tick, self.state.value)
+            self._begin_broken_anew()
+            if not self._drop_what_has_ended():
+                break
+            now = time.perf_counter()
+            if self.checkpoint is not None and (now - written > CHECKPOINT_SECONDS or self.tick == limit):
+                self.save()
+                written = now
+            if attack.max_seconds is not None and now - began > attack.max_seconds:
+                self.stopped = "time"
+                break
+        self._keep()
+
+    def _keep(self) -> None:
+        self.points[self.rows], self.values[self.rows] = self.state.point, self.state.value
+
+    def _begin_broken_anew(self) -> None:
+        """Trials that met nothing finite get another start, a few times."""
+        broken = self.state.broken & ~torch.isfinite(self.state.value) & (self.attempts[self.rows] < MAX_RESTARTS)
+        count = int(broken.sum())
+        if count:
+            start = self.state.point.clone()
+            start[broken] = self._start(count).to(start)
+            self.state.begin(broken, start)
+            self.attempts[self.rows[broken]] += 1
+            self.restarted += count
+
+    def _drop_what_has_ended(self) -> bool:
+        """Put aside trials that ended, and those of pictures that have been found; whether any is left."""
+        picture = self.trials.picture
+        self._keep()
+        matched = torch.zeros_like(picture).index_add(0, picture, (self.values <= self.attack.target).long()) > 0
+        over = self.state.ended | matched[picture[self.rows]]
+        left = int((~over).sum())
+        if not left:
+            self.stopped = "matched" if bool(matched[picture].all()) else "ended"
+            return False
+        coupled = any(penalty.couples for penalty in self.trials.penalties)
+        if left <= SHRINK_BELOW * len(over) and not coupled:
+            going = torch.nonzero(~over).flatten()
+            self.rows = self.rows[going]
+            self.state.select(going)
+        return True
+
+    # ------------------------------------------------------------------ to a file and back
+
+    def save(self) -> None:
+        """Write the state."""
+        assert self.checkpoint is not None, "asked only where there is a file"
+        tensors = {f"search.{n}": t for n, t in self.state.tensors().items()}
+        tensors |= {n: getattr(self, n) for n in ("points", "values", "rows", "attempts")}
+        if self.generator is not None:
+            tensors["generator"] = self.generator.get_state()
+        self.checkpoint.save(tensors, {"tick": self.tick, "restarted": self.restarted})
+
+    def resume(self) -> None:
+        """Go on from the file, if there is one."""
+        assert self.checkpoint is not None, "asked only where there is a file"
+        found = self.checkpoint.load()
+        if found is None:
+            return
+        tensors, numbers = found
+        for name in ("points", "values", "rows", "attempts"):
+            setattr(self, name, tensors[name].to(getattr(self, name)))
+        self.state.load({n.removeprefix("search."): t for n, t in tensors.items() if n.startswith("search.")})
+        if self.generator is not None and "generator" in tensors:
+            self.generator.set_state(tensors["generator"].cpu())
+        self.tick, self.restarted = numbers["tick"], numbers["restarted"]
