@@ -84,14 +84,15 @@ class AdamSearch(Search):
         improved = finite & (value < self.value)
         self.point, self.value = rows_where(improved, self.x, self.point), torch.where(improved, value, self.value)
         self.ended = self.ended | self.broken | (self.value <= self.target)
-        share = self.steps / self.options.iterations
+        gradient = self._signed(gradient, (self.steps / self.options.iterations)[:, None])
+        rate = self._rate(self.steps)
         self.steps = self.steps + 1
-        gradient = self._signed(gradient, share[:, None])
         self.first = BETA_1 * self.first + (1 - BETA_1) * gradient
         self.second = BETA_2 * self.second + (1 - BETA_2) * gradient * gradient
-        corrected = (1 - BETA_1**self.steps)[:, None]
-        size = (self.second / (1 - BETA_2**self.steps)[:, None]).sqrt() + EPSILON
-        moved = self.project(self.x - self._rate(share)[:, None] * self.first / corrected / size)
+        # 1 - beta^steps, without its cancellation in float32.
+        first, second = (-torch.expm1(self.steps * math.log(beta))[:, None] for beta in (BETA_1, BETA_2))
+        size = (self.second / second).sqrt() + EPSILON
+        moved = self.project(self.x - rate[:, None] * self.first / first / size)
         self.x = rows_where(~self.ended, moved, self.x)
 
     def _signed(self, gradient: Tensor, share: Tensor) -> Tensor:
@@ -102,14 +103,14 @@ class AdamSearch(Search):
             return (gradient * scale).tanh() / scale
         return gradient
 
-    def _rate(self, share: Tensor) -> Tensor:
-        rate = torch.full_like(share, self.options.learning_rate)
+    def _rate(self, steps: Tensor) -> Tensor:
+        """The learning rate of trials that have taken `steps` `(T,)`."""
+        rate = torch.full_like(steps, self.options.learning_rate)
         if self.options.warm_up:
-            rate = rate * ((share * self.options.iterations + 1) / self.options.warm_up).clamp_max(1)
+            rate = rate * ((steps + 1) / self.options.warm_up).clamp_max(1)
         if self.options.decay == "step":
-            step, steps = share * self.options.iterations, self.options.iterations
-            passed = torch.stack([step >= int(milestone * steps) for milestone in MILESTONES])
-            rate = rate * 0.1 ** passed.sum(0)
+            for milestone in MILESTONES:
+                rate = torch.where(steps >= int(milestone * self.options.iterations), rate / 10, rate)
         elif self.options.decay == "cosine":
-            rate = rate * (1 + torch.cos(math.pi * share)) / 2
+            rate = rate * (1 + torch.cos(math.pi * steps / self.options.iterations)) / 2
         return rate

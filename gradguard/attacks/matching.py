@@ -21,7 +21,7 @@ from gradguard.attacks.base import Attack, Observation, Reconstruction
 from gradguard.attacks.distances import Distance, SquaredDistance
 from gradguard.attacks.labels import infer_labels
 from gradguard.attacks.lbfgs import LBFGS
-from gradguard.attacks.levenberg_marquardt import MATCHED, levenberg_marquardt
+from gradguard.attacks.levenberg_marquardt import levenberg_marquardt
 from gradguard.attacks.matching_run import MatchingRun
 from gradguard.attacks.penalties import Penalty
 from gradguard.attacks.progress import Checkpoint, progress_bar
@@ -31,6 +31,10 @@ from gradguard.errors import InputError
 
 #: How labels that the observation lacks are dealt with.
 UnknownLabels = Literal["inferred", "joint", "shared"]
+
+
+#: A matching loss after which no other trial of a picture is polished: rounding to float32 leaves 1e-14 or so.
+FOUND = 1e-10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +261,7 @@ class MatchingAttack(Attack):
         first = grouped.argmin(1) + torch.arange(len(grouped), device=losses.device) * self.restarts
         rest = torch.ones_like(losses, dtype=torch.bool).index_fill_(0, first, False)
         for rows in (first, torch.nonzero(rest).flatten()):
-            unmatched = losses.unflatten(0, (-1, self.restarts)).amin(1) > MATCHED
+            unmatched = losses.unflatten(0, (-1, self.restarts)).amin(1) > FOUND
             rows = rows[unmatched[trials.picture[rows]]]
             if not len(rows):
                 continue
