@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.func import grad
 
 from gradguard.errors import InputError
@@ -55,3 +57,23 @@ class LocalTraining:
             x, y = parts[step % len(parts)]
             after = add(after, grad(loss)(after, x, y), -self.learning_rate)
         return self.of_update(parameters, after)
+
+
+def surrogate_model(
+    model: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, Tensor], *, share: float = 0.5
+) -> nn.Module:
+    """A copy of `model` with the parameters `(1 - share) before + share after`.
+
+    For updates of many steps, through which differentiating is too long: the mean gradient along the way
+    (`LocalTraining.of_update`) is close to the gradient at a point between the two ends, so a single-step attack on
+    this model does better than one on either end (Zhu et al. 2023, "Surrogate model extension", ICML, section 4). Which
+    `share` explains the update best is found by `attacks.attack_candidates`.
+    """
+    if not 0 <= share <= 1:
+        raise InputError(f"`share` must be in [0, 1], got {share}.")
+    between = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in between.named_parameters():
+            if name in before:
+                parameter.copy_(torch.lerp(before[name].to(parameter), after[name].to(parameter), share))
+    return between

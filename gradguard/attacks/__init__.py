@@ -1,12 +1,15 @@
 """Attacks: what a gradient gives away, proven."""
 
-from gradguard.attacks.base import Attack, Observation, Reconstruction
+from gradguard.attacks.base import Attack, Observation, Reconstruction, attack_candidates
 from gradguard.attacks.dlg import DLG, IDLG
+from gradguard.attacks.grad_inversion import GradInversion
 from gradguard.attacks.hgap import HGAP
-from gradguard.attacks.ilrg import ILRG, IDLGLabel
+from gradguard.attacks.ilrg import ILRG, IDLGLabel, LabelSystem
 from gradguard.attacks.inverting_gradients import InvertingGradients
-from gradguard.attacks.matching import MatchingAttack
+from gradguard.attacks.matching import GradientMatching, MatchingAttack
 from gradguard.attacks.rgap import RGAP
+from gradguard.attacks.second_order import LevenbergMarquardt
+from gradguard.attacks.spear import SPEAR
 
 __all__ = [
     "DLG",
@@ -14,10 +17,16 @@ __all__ = [
     "IDLG",
     "ILRG",
     "RGAP",
+    "SPEAR",
     "Attack",
+    "GradInversion",
+    "GradientMatching",
     "IDLGLabel",
     "InvertingGradients",
+    "LabelSystem",
+    "LevenbergMarquardt",
     "MatchingAttack",
     "Observation",
     "Reconstruction",
+    "attack_candidates",
 ]

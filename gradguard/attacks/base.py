@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -145,3 +147,19 @@ class Attack(ABC):
     @abstractmethod
     def run(self, observation: Observation, generator: torch.Generator | None) -> Reconstruction:
         """The attack itself."""
+
+
+def attack_candidates(
+    attack: Attack, candidates: Sequence[Observation], *, generator: torch.Generator | None = None
+) -> tuple[Reconstruction, int]:
+    """Attack one sent gradient under several guesses at what is not known; the guess that explains it best, and which.
+
+    `candidates`: observations that differ in what the attacker guesses: a client's learning rate, its steps or the size
+    of its batches (`local`), the labels. The matching loss is relative to the sent gradient, so they can be compared.
+    Raises `InputError` if there is none.
+    """
+    if not candidates:
+        raise InputError("There is no candidate to attack: give an observation for each guess.")
+    results = [attack(observation, generator=generator) for observation in candidates]
+    best = min(range(len(results)), key=lambda i: (math.isnan(results[i].matching_loss), results[i].matching_loss))
+    return results[best], best

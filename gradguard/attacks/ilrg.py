@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from gradguard.attacks.base import Attack, Observation, Reconstruction
-from gradguard.attacks.labels import idlg_label, labels_of, observed_head, restore_label_counts
+from gradguard.attacks.classification_head import observed_head
+from gradguard.attacks.label_system import solve_label_system
+from gradguard.attacks.labels import idlg_label, labels_of, restore_label_counts
 from gradguard.errors import InputError
 
 
@@ -67,6 +69,68 @@ class ILRG(Attack):
                 "refinement": found.refinement,
                 "rounding": rounding,
                 "certainty": found.probabilities[found.counts > 0].amax(1).mean().item(),
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSystem(Attack):
+    """Label counts on trained models too, with or without a bias in the head: ours, see `solve_label_system`.
+
+    Knows and returns what `ILRG` does. Where iLRG's answer explains the head's gradient it is the answer. Else, and if
+    the gradient's rank leaves room (a batch smaller than the number of classes), classes are told by linear programs
+    and examples solved one by one; what nothing is certain about is shared out. Converged: iLRG's answer was kept, or
+    nothing had to be shared out.
+
+    `trust`: the share of the head's gradient that iLRG's answer may leave unexplained and be kept. `rounds`: of solving
+    and subtracting.
+
+    `details`: `examples`, `classes`, `guessed`: how many labels belong to solved examples, to classes told to be there,
+    and to neither; `residual`: what iLRG's answer leaves unexplained.
+    """
+
+    recovers_inputs: ClassVar[bool] = False
+
+    trust: float = 0.05
+    rounds: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.trust >= 0:
+            raise InputError(f"`trust` must not be negative, got {self.trust}. 0 solves the system always.")
+        if self.rounds < 0:
+            raise InputError(f"`rounds` must not be negative, got {self.rounds}. 0 tells classes only.")
+
+    def check(self, observation: Observation) -> None:
+        """A head, with or without a bias, under a mean cross-entropy, whose gradient is not zero."""
+        observed_head(observation, needs_bias=False)
+
+    def run(self, observation: Observation, generator: torch.Generator | None) -> Reconstruction:
+        """`generator`: of the starts (default: seed 0)."""
+        head = observed_head(observation, needs_bias=False)
+        parameters, sent = observation.loss_gradient.parameters(), observation.sent
+        # A frozen bias sends no gradient, but the server knows it.
+        frozen = dict(observation.loss_gradient.model.named_parameters()).get(f"{head.weight[: -len('weight')]}bias")
+        found = solve_label_system(
+            sent[head.weight],
+            sent[head.bias] if head.bias is not None else None,
+            parameters[head.weight],
+            parameters[head.bias] if head.bias is not None else frozen,
+            observation.batch_size,
+            nonnegative=head.nonnegative,
+            trust=self.trust,
+            rounds=self.rounds,
+            generator=generator,
+        )
+        return Reconstruction(
+            attack=self.name,
+            labels=labels_of(found.counts),
+            label_counts=found.counts,
+            converged=found.guessed == 0 or found.mismatch <= self.trust,
+            details={
+                "residual": found.mismatch,
+                "examples": found.examples,
+                "classes": found.classes,
+                "guessed": found.guessed,
             },
         )
 

@@ -133,19 +133,29 @@ class LBFGSSearch(Search):
         self.scale = torch.where(which, torch.ones_like(self.scale), self.scale)
 
     def _times(self, gradient: Tensor) -> Tensor:
-        """The two-loop recursion: an approximate inverse Hessian times `gradient`."""
-        size, rows = self.s.shape[1], torch.arange(len(gradient), device=gradient.device)
-        q, alphas = gradient, []
-        order = [(rows, (self.next - 1 - k) % size) for k in range(size)]
-        for slot in order:
-            alpha = self.rho[slot] * (self.s[slot] * q).sum(-1)
-            q = q - alpha[:, None] * self.y[slot]
-            alphas.append(alpha)
-        r = self.scale[:, None] * q
-        for slot, alpha in zip(reversed(order), reversed(alphas), strict=True):
-            beta = self.rho[slot] * (self.y[slot] * r).sum(-1)
-            r = r + (alpha - beta)[:, None] * self.s[slot]
-        return r
+        """An approximate inverse Hessian times `gradient`, in compact form (Byrd, Nocedal & Schnabel 1994, Eq. 2.6).
+
+        `H = c I + [S, c Y] [[R^{-T} (D + c Y^T Y) R^{-1}, -R^{-T}], [-R^{-1}, 0]] [S, c Y]^T` with `R` the upper triangle
+        of `S^T Y` and `D` its diagonal: a dozen operations whatever the memory, where the two-loop recursion takes
+        several for each pair. Only the small products are brought into the pairs' order, oldest first.
+        """
+        size = self.s.shape[1]
+        order = (self.next[:, None] + torch.arange(size, device=self.next.device)) % size
+        place = order.argsort(1)  # where each slot's pair stands in its order
+        there = (self.rho > 0).to(gradient.dtype)
+        products = (self.s @ self.y.mT) * there[:, :, None] * there[:, None, :]
+        ordered = products.gather(1, order[:, :, None].expand_as(products))
+        ordered = ordered.gather(2, order[:, None, :].expand_as(products))
+        upper = ordered.triu() + torch.diag_embed(1 - there.gather(1, order))
+        by_s, by_y = ((pairs @ gradient[..., None])[..., 0] * there for pairs in (self.s, self.y))
+        u = torch.linalg.solve_triangular(upper, by_s.gather(1, order)[..., None], upper=True)[..., 0]
+        u = u.gather(1, place) * there
+        of_y = (self.y.mT @ u[..., None])[..., 0]
+        square = (self.y @ of_y[..., None])[..., 0]
+        inner = torch.diagonal(products, dim1=-2, dim2=-1) * u + self.scale[:, None] * (square - by_y)
+        w = torch.linalg.solve_triangular(upper.mT, (inner * there).gather(1, order)[..., None], upper=False)[..., 0]
+        w = w.gather(1, place) * there
+        return self.scale[:, None] * (gradient - of_y) + (self.s.mT @ w[..., None])[..., 0]
 
 
 @dataclass(frozen=True)

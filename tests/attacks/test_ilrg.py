@@ -10,7 +10,7 @@ from torch import nn
 from gradguard import InputError, LossGradient, UnsupportedModelError
 from gradguard.attacks.base import Observation
 from gradguard.attacks.ilrg import ILRG, IDLGLabel
-from gradguard.attacks.labels import infer_labels, restore_label_counts
+from gradguard.attacks.labels import infer_labels, restore_label_counts, update_label_counts
 from gradguard.data import digits, load_npz
 from gradguard.leakage.labels import LabelRecovery, count_labels, label_recovery
 from gradguard.models import fcn
@@ -284,3 +284,28 @@ def test_idlg_label_refuses_a_batch_and_two_classes_without_a_bias(model, batch)
     inputs, targets = batch[0][:1], batch[1][:1] % 2
     with pytest.raises(InputError, match="two classes and no bias"):
         IDLGLabel().check(observe(fcn((64, 2), bias=False), inputs, targets))
+
+
+# ---------------------------------------------------------------------- several local steps
+
+
+def test_counts_of_a_five_step_update(model, batch):
+    """FedAvg: five SGD steps on eight digits each; the server sees the head before and after."""
+    data = digits()
+    before = [p.detach().clone() for p in (model[3].weight, model[3].bias)]
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
+    for step in range(5):
+        chosen = slice(8 * step, 8 * step + 8)
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(data.images[chosen]), data.labels[chosen]).backward()
+        optimiser.step()
+    found = update_label_counts(tuple(before), (model[3].weight, model[3].bias), 0.05, 5, 8)
+    true = count_labels(data.labels[:40], 10)
+    assert found.counts.sum() == 40
+    assert label_recovery(found.counts, true).i_rec > 0.95
+
+
+def test_an_update_without_steps_is_refused(model):
+    head = (model[3].weight, model[3].bias)
+    with pytest.raises(InputError, match=r"`learning_rate` and `steps` must be positive, got 0\.05 and 0"):
+        update_label_counts(head, head, 0.05, 0, 8)

@@ -10,13 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradguard import InputError, LossGradient, UnsupportedModelError
+from gradguard.attacks.classification_head import ClassificationHead, check_cross_entropy, classification_head
 from gradguard.attacks.labels import (
-    ClassificationHead,
     centred_class_embeddings,
-    check_cross_entropy,
     class_embeddings,
     class_probabilities,
-    classification_head,
     head_mismatch,
     idlg_label,
     label_system,
@@ -340,9 +338,14 @@ class Custom(nn.Module):
 
 def test_head_of_a_sequential():
     model = nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
-    expected = ClassificationHead(weight="3.weight", bias="3.bias", num_classes=4, num_features=6)
+    expected = ClassificationHead(weight="3.weight", bias="3.bias", num_classes=4, num_features=6, nonnegative=True)
     assert classification_head(model, (2, 4)) == expected
     assert classification_head(LossGradient(model, nn.CrossEntropyLoss()), (2, 4)) == expected
+
+
+def test_features_of_both_signs_are_seen():
+    for body in (nn.Tanh(), nn.SiLU(), nn.Identity()):
+        assert not classification_head(nn.Sequential(nn.Linear(8, 6), body, nn.Linear(6, 4)), (8,)).nonnegative
 
 
 def test_head_is_found_by_what_comes_out_not_by_its_place():

@@ -9,11 +9,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradguard import InputError, LossGradient
-from gradguard.attacks import DLG, GradientMatching, InvertingGradients, Observation, matching_run
+from gradguard.attacks import (
+    DLG,
+    RGAP,
+    GradientMatching,
+    InvertingGradients,
+    LevenbergMarquardt,
+    Observation,
+    attack_candidates,
+    matching_run,
+)
 from gradguard.attacks.adam import Adam
 from gradguard.attacks.distances import CosineDistance
 from gradguard.gradients import flatten
-from gradguard.local_training import LocalTraining
+from gradguard.local_training import LocalTraining, surrogate_model
 from references import flat_gradient, loss_of, psnr
 
 
@@ -129,7 +138,7 @@ def stop_after(monkeypatch, saves):
 
 
 @pytest.mark.parametrize(
-    "attack", [DLG(restarts=3, evaluations=60, polish=2), InvertingGradients(restarts=3, iterations=60)], ids=repr
+    "attack", [DLG(restarts=3, evaluations=60, polish=0), InvertingGradients(restarts=3, iterations=60)], ids=repr
 )
 def test_an_interrupted_attack_ends_as_it_would_have(tmp_path, monkeypatch, observations, attack):
     expected = attack.attack_all(observations, generator=gen())
@@ -297,7 +306,6 @@ def test_an_attack_goes_through_the_steps(convnet, cross_entropy, batch):
 
 
 def test_other_attacks_refuse_local_steps(convnet, cross_entropy, batch):
-    from gradguard.attacks import RGAP
 
     seen = observe(convnet, cross_entropy, batch[0][:1], batch[1][:1])
     with pytest.raises(InputError, match="RGAP attacks a single gradient, and this client took 3 local steps"):
@@ -331,3 +339,53 @@ def test_models_the_layers_do_not_make_up(cross_entropy, batch):
     x, y = batch[0][:1], batch[1][:1]
     found = DLG(restarts=2)(observe(Functional(), cross_entropy, x, y), generator=gen())
     assert psnr(found.inputs, x) > 100
+
+
+def test_an_unknown_learning_rate_is_the_one_that_explains_the_update(convnet, cross_entropy, batch):
+    x, y = batch[0][:1], batch[1][:1]
+    function = LossGradient(convnet, cross_entropy)
+    update = {
+        n: 0.5 * 3 * g for n, g in LocalTraining(steps=3, learning_rate=0.5).mean_gradient(function, x, y).items()
+    }
+    candidates = []
+    for rate in (0.1, 0.5, 2.0):
+        local = LocalTraining(steps=3, learning_rate=rate)
+        sent = {n: u / (rate * 3) for n, u in update.items()}
+        candidates.append(Observation(loss_gradient=function, sent=sent, input_shape=(1, 8, 8), labels=y, local=local))
+    found, which = attack_candidates(DLG(restarts=2, evaluations=150, polish=0), candidates, generator=gen())
+    assert which == 1
+    assert psnr(found.inputs, x) > 50
+    with pytest.raises(InputError, match="no candidate"):
+        attack_candidates(DLG(), [])
+
+
+def test_a_surrogate_between_the_ends_stands_for_many_steps(convnet, cross_entropy, batch):
+    x, y = batch[0][:1], batch[1][:1]
+    function = LossGradient(convnet, cross_entropy)
+    local = LocalTraining(steps=20, learning_rate=0.005)
+    sent = local.mean_gradient(function, x, y)
+    before = function.parameters()
+    after = {n: p - 20 * 0.005 * sent[n] for n, p in before.items()}
+    losses = {}
+    for share in (0.0, 0.5, 1.0):
+        between = LossGradient(surrogate_model(convnet, before, after, share=share), cross_entropy)
+        own = between(x, y)
+        gap = torch.cat([(own[n] - sent[n]).flatten() for n in own]).norm()
+        losses[share] = gap / torch.cat([g.flatten() for g in sent.values()]).norm()
+    assert losses[0.5] < 0.5 * min(losses[0.0], losses[1.0])
+    with pytest.raises(InputError, match="`share` must be in"):
+        surrogate_model(convnet, before, after, share=2.0)
+
+
+# ---------------------------------------------------------------------- second order from the start
+
+
+def test_second_order_steps_from_random_starts(observations, batch):
+    results = LevenbergMarquardt(restarts=2).attack_all(observations, generator=gen())
+    for found, picture in zip(results, batch[0], strict=False):
+        assert found.converged
+        assert psnr(found.inputs, picture[None]) > 200
+    with pytest.raises(InputError, match="`iterations` must be at least 1"):
+        LevenbergMarquardt(iterations=0)
+    with pytest.raises(InputError, match="leave `polish` out"):
+        LevenbergMarquardt(polish=3)

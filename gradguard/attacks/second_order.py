@@ -1,0 +1,34 @@
+"""Levenberg-Marquardt as an attack of its own: no first-order search before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gradguard.attacks.lbfgs import LBFGS
+from gradguard.attacks.matching import MatchingAttack
+from gradguard.attacks.search import Optimiser
+from gradguard.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevenbergMarquardt(MatchingAttack):
+    """Minimise the squared distance of gradients by damped Gauss-Newton steps from the start on (ours).
+
+    `iterations`: steps, each a least-squares problem in the input Jacobian (`gradguard.attacks.levenberg_marquardt`);
+    it replaces `polish`, which is the same thing after another search. For smooth networks.
+    """
+
+    iterations: int = 100
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise InputError(f"`iterations` must be at least 1, got {self.iterations}.")
+        if self.polish not in (0, self.iterations):
+            raise InputError("This attack is a polish from the start on: give `iterations`, and leave `polish` out.")
+        object.__setattr__(self, "polish", self.iterations)
+        super().__post_init__()
+
+    @property
+    def optimiser(self) -> Optimiser:
+        """None: the starts are evaluated, and left where they are."""
+        return LBFGS(evaluations=1, memory=1)
