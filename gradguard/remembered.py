@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -19,14 +20,21 @@ def remembered(gradient: LossGradient, question: Hashable, find: Callable[[], An
     """`find()`, or what it said last time about the same question, loss and model.
 
     The same model: the same modules in the same modes, with the same parameter objects trained. Parameter values may
-    have changed, and so may the
-    computing dtype, so the answer must not depend on them.
+    have changed, and so may the computing dtype, so the answer must not depend on them.
     """
-    signature = (gradient.loss_fn, gradient.train_mode, gradient.input_module, *_structure(gradient.model))
+    signature = (_weak(gradient.loss_fn), gradient.train_mode, gradient.input_module, *_structure(gradient.model))
     answers = _known.setdefault(gradient.model, {})
     if question not in answers or answers[question][0] != signature:
         answers[question] = (signature, find())
     return answers[question][1]  # type: ignore[return-value]
+
+
+def _weak(function: Any) -> Any:
+    """A reference that keeps nothing alive: a loss that is a method of the model would keep the model."""
+    try:
+        return weakref.WeakMethod(function) if inspect.ismethod(function) else weakref.ref(function)
+    except TypeError:
+        return function
 
 
 def _structure(model: nn.Module) -> list[tuple]:
