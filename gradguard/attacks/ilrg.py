@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from gradguard.attacks.base import Attack, Observation, Reconstruction
 from gradguard.attacks.classification_head import observed_head
 from gradguard.attacks.label_system import solve_label_system
-from gradguard.attacks.labels import idlg_label, labels_of, restore_label_counts
+from gradguard.attacks.labels import idlg_label, labels_of, restore_label_counts, sparsified
 from gradguard.errors import InputError
 
 
@@ -83,10 +84,10 @@ class LabelSystem(Attack):
     nothing had to be shared out.
 
     `trust`: the share of the head's gradient that iLRG's answer may leave unexplained and be kept. `rounds`: of solving
-    and subtracting.
+    and subtracting. A gradient whose small elements were set to 0 is no longer the system that is solved: iLRG answers.
 
     `details`: `examples`, `classes`, `guessed`: how many labels belong to solved examples, to classes told to be there,
-    and to neither; `residual`: what iLRG's answer leaves unexplained.
+    and to neither; `residual`: what iLRG's answer leaves unexplained; `sparsified`: whether the gradient is.
     """
 
     recovers_inputs: ClassVar[bool] = False
@@ -110,6 +111,7 @@ class LabelSystem(Attack):
         parameters, sent = observation.loss_gradient.parameters(), observation.sent
         # A frozen bias sends no gradient, but the server knows it.
         frozen = dict(observation.loss_gradient.model.named_parameters()).get(f"{head.weight[: -len('weight')]}bias")
+        sparse = sparsified(sent[head.weight])
         found = solve_label_system(
             sent[head.weight],
             sent[head.bias] if head.bias is not None else None,
@@ -117,7 +119,7 @@ class LabelSystem(Attack):
             parameters[head.bias] if head.bias is not None else frozen,
             observation.batch_size,
             nonnegative=head.nonnegative,
-            trust=self.trust,
+            trust=math.inf if sparse else self.trust,
             rounds=self.rounds,
             generator=generator,
         )
@@ -125,9 +127,10 @@ class LabelSystem(Attack):
             attack=self.name,
             labels=labels_of(found.counts),
             label_counts=found.counts,
-            converged=found.guessed == 0 or found.mismatch <= self.trust,
+            converged=not sparse and (found.guessed == 0 or found.mismatch <= self.trust),
             details={
                 "residual": found.mismatch,
+                "sparsified": sparse,
                 "examples": found.examples,
                 "classes": found.classes,
                 "guessed": found.guessed,

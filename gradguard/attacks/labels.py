@@ -28,6 +28,16 @@ EMBEDDING_CAP = 1e10
 #: Singular values of the system (pivots of its LU) that count as zero; its regular ones are near 1.
 SINGULAR = 1e-5
 
+def sparsified(weight_gradient: Tensor, share: float = 0.01) -> bool:
+    """Whether more than a `share` of a head's weight gradient `(C, m)` was set to 0.
+
+    A feature that is 0 for the whole batch gives a column of zeros; within any other no element is exactly 0.
+    """
+    zero = weight_gradient == 0
+    alive = ~zero.all(0)
+    return bool(zero[:, alive].sum() > share * zero.shape[0] * alive.sum())
+
+
 # ---------------------------------------------------------------------- one example
 
 

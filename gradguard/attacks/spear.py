@@ -54,7 +54,7 @@ class SPEAR(Attack):
             raise InputError(f"`tolerance` must be positive, got {self.tolerance}.")
 
     def check(self, observation: Observation) -> None:
-        """Raises `UnsupportedModelError` without a linear layer and a ReLU first, `InputError` for a batch too large."""
+        """Raises `UnsupportedModelError` without a first linear layer and ReLU, `InputError` for a batch too large."""
         Disaggregation(observation)
 
     def run(self, observation: Observation, generator: torch.Generator | None) -> Reconstruction:
@@ -72,7 +72,7 @@ class SPEAR(Attack):
                 seen = total
                 if problem.score(columns) > _WORTH:
                     best = min(filter(None, (best, problem.examples(columns))), key=_mismatch)
-                    if best.loss <= self.tolerance:
+                    if best.loss <= self.tolerance or (best.labels is None and best.score == 1.0):
                         break
             if samples >= self.max_samples or not columns.open:
                 break

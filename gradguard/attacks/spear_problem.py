@@ -174,7 +174,8 @@ class Disaggregation:
         for targets in trials:
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # about shapes that the loss would broadcast
+                    # A loss that would broadcast class indices against outputs takes no classes.
+                    warnings.filterwarnings("error", message="Using a target size")
                     one = self.function.loss_fn(outputs[None], targets[:1])
                     two = self.function.loss_fn(outputs.expand(2, -1), targets[[0, 0]])
             except Exception:  # a user's loss may raise anything on targets that are not its own
@@ -202,7 +203,9 @@ class Disaggregation:
             cost = residuals[own].unflatten(1, (len(targets), most)).amin(2)[:, flat]
             order = linear_sum_assignment(cost.clamp_max(1e6).mT.cpu().numpy())[1]
             own, found = own[torch.from_numpy(order).to(own.device)], labels
-            copies = residuals[own].unflatten(1, (len(targets), most))[torch.arange(count), flat].argmin(1)
+            copies = (
+                residuals[own].unflatten(1, (len(targets), most))[torch.arange(count, device=x.device), flat].argmin(1)
+            )
             choice = flat * most + copies
         else:
             order = (best[own] // most).argsort(stable=True)

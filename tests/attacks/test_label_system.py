@@ -12,7 +12,7 @@ from gradguard.attacks import ILRG, LabelSystem
 from gradguard.attacks.base import Observation
 from gradguard.attacks.label_space import class_violations, head_space, possible_classes
 from gradguard.attacks.label_system import accepted, explain, single_examples, solve_label_system
-from gradguard.attacks.labels import restore_label_counts
+from gradguard.attacks.labels import restore_label_counts, sparsified
 from gradguard.data import digits
 from gradguard.leakage.labels import count_labels, label_recovery
 from gradguard.models import fcn
@@ -207,3 +207,29 @@ def test_bad_options_are_refused():
         LabelSystem(trust=-1)
     with pytest.raises(InputError, match="`rounds` must not be negative, got -1"):
         LabelSystem(rounds=-1)
+
+
+def test_a_sparsified_gradient_is_told_from_dead_features():
+    weight, bias, features, labels = confident(nonnegative=True)
+    features[:, :7] = 0  # features that are off for the whole batch
+    gradient, _ = gradients(weight, bias, features, labels)
+    assert not sparsified(gradient)
+    smallest = gradient.abs().flatten().argsort()[: 7 * 40 + gradient.numel() // 10]
+    gradient.view(-1)[smallest] = 0
+    assert sparsified(gradient)
+
+
+def test_ilrg_answers_for_a_sparsified_gradient():
+    torch.manual_seed(0)
+    model = fcn((64, 100, 10), activation="relu", bias=True).double()
+    pictures = digits()
+    x, y = pictures.images[:6].double().flatten(1), pictures.labels[:6]
+    function = LossGradient(model, nn.CrossEntropyLoss())
+    sent = function(x, y)
+    for gradient in sent.values():
+        gradient.view(-1)[gradient.abs().flatten().argsort()[: gradient.numel() // 3]] = 0
+    seen = Observation(loss_gradient=function, sent=sent, input_shape=(64,), batch_size=6)
+    found = LabelSystem(trust=0.0)(seen)
+    assert found.details["sparsified"]
+    assert not found.converged
+    assert torch.equal(found.label_counts, ILRG()(seen).label_counts)

@@ -99,12 +99,12 @@ def test_given_labels_set_the_order(digit_pictures):
 def test_deeper_networks_and_other_losses(digit_pictures):
     x, y = drawn(digit_pictures, 4)
     assert run(observe(network(100, hidden=2), x, y)).converged
-    targets = y[:, None].float() / 10
+    targets = torch.tensor([[0.7], [-0.1], [0.2], [0.5]])  # each its example's own, so the order is the truth's
     model = seeded(lambda: fcn((64, 100, 50, 1), activation="relu", bias=True))
     found = run(observe(model, x, targets, loss=nn.MSELoss(reduction="sum"), labels=True))
     assert found.converged
     assert torch.equal(found.labels, targets)
-    assert float((found.inputs - x).abs().max()) < 1e-8  # each target is its example's own, so the order is the truth's
+    assert float((found.inputs - x).abs().max()) < 1e-8
 
 
 def test_a_binary_loss(digit_pictures):
@@ -156,6 +156,17 @@ def test_without_enough_zeros_it_says_so(digit_pictures):
     assert not found.converged
     assert found.details["samples"] == 3000
     assert found.inputs.shape == x.shape
+
+
+def test_targets_that_are_no_classes_and_not_given(digit_pictures):
+    """The inputs come back all the same; that their gradient is the sent one cannot be shown."""
+    x, _ = drawn(digit_pictures, 3)
+    targets = torch.rand(3, 10, generator=torch.Generator().manual_seed(0))
+    found = run(observe(network(100), x, targets, loss=nn.MSELoss()))
+    assert found.labels is None
+    assert not found.converged
+    assert found.details["score"] == 1.0
+    assert float(gg.leakage.fidelity(found.inputs, x).psnr.min()) > 150
 
 
 def test_the_same_generator_gives_the_same_result(digit_pictures):
