@@ -15,6 +15,7 @@ SAYS = {
     "check_before_sending": ["round 0: perturb", "round 5: "],
     "compare_defenses": ["none", "PriorNoise", "test accuracy"],
     "fairness": ["is the most exposed", "over single examples the factor is"],
+    "federated_update": ["guesses it (0.05)", "takes the update for a gradient"],
     "floors": ["any attacker", "eigenvalues are below"],
     "lightning_digits": ["lower bound", "Label recovery"],
     "text": ["names its characters", "what the attacker reads"],

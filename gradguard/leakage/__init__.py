@@ -2,7 +2,7 @@
 labels, reconstruction quality."""
 
 from gradguard.leakage.advice import Advice, advice, advised
-from gradguard.leakage.fidelity import Fidelity, fidelity
+from gradguard.leakage.fidelity import Fidelity, fidelity, mean_picture_psnr
 from gradguard.leakage.floors import Floor, bayes_floor, cramer_rao_floor
 from gradguard.leakage.influence import Influence, InfluenceBound, influence, influence_lower_bound
 from gradguard.leakage.labels import LabelRecovery, count_labels, label_recovery
@@ -30,6 +30,7 @@ __all__ = [
     "influence",
     "influence_lower_bound",
     "label_recovery",
+    "mean_picture_psnr",
     "rank_analysis",
     "rank_check",
     "spectral_density",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ class Fidelity:
 
     `psnr`: `(B,)`, dB relative to the value range; `ssim`: `(B,)` in [-1, 1], `nan` for inputs that are no
     pictures; `mse`: `(B,)`, mean over elements, in input units squared; `assignment`: `(B,)`, which reconstruction
-    stands for each example; `matched`: the reconstructions in that order, `(B, *input_shape)`.
+    stands for each example; `matched`: the reconstructions in that order, `(B, *input_shape)`; `perceptual`: `(B,)`,
+    what the given perceptual distance says, `None` without one.
     """
 
     psnr: Tensor
@@ -25,14 +27,23 @@ class Fidelity:
     mse: Tensor
     assignment: Tensor
     matched: Tensor
+    perceptual: Tensor | None = None
 
 
-def fidelity(reconstruction: Tensor, truth: Tensor, *, value_range: tuple[float, float] = (0.0, 1.0)) -> Fidelity:
+def fidelity(
+    reconstruction: Tensor,
+    truth: Tensor,
+    *,
+    value_range: tuple[float, float] = (0.0, 1.0),
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Fidelity:
     """Score `reconstruction` `(B, *input_shape)` against `truth` of the same shape.
 
     A gradient does not say in which order its examples came: reconstructions are assigned to examples so that the
     summed squared error is least (Hungarian algorithm). Values are clamped to `value_range` first, as an attacker
     who knows the range would. PSNR is computed in that range: pass pictures in [0, 1] pixel space, not normalised.
+    `perceptual`: a distance between two pictures `(1, C, H, W)` in [0, 1], for instance LPIPS by
+    `torchmetrics.image.LearnedPerceptualImagePatchSimilarity(normalize=True)`, whose weights gradguard does not bring.
     """
     # Imported here: torchmetrics loads matplotlib, which nothing else needs until something is drawn.
     from torchmetrics.functional.image import peak_signal_noise_ratio
@@ -52,7 +63,25 @@ def fidelity(reconstruction: Tensor, truth: Tensor, *, value_range: tuple[float,
     pairs = list(zip(matched[:, None], truth[:, None], strict=True))
     psnr = torch.stack([peak_signal_noise_ratio(g, t, data_range=high - low) for g, t in pairs])
     ssim = torch.stack([_ssim(g, t, high - low) for g, t in pairs])
-    return Fidelity(psnr, ssim, mse, assignment, matched)
+    seen = None
+    if perceptual is not None:
+        unit = [((part.float() - low) / (high - low) for part in pair) for pair in pairs]
+        with torch.no_grad():
+            seen = torch.stack([torch.as_tensor(perceptual(*pair)).double().reshape(()) for pair in unit])
+    return Fidelity(psnr, ssim, mse, assignment, matched, seen)
+
+
+def mean_picture_psnr(truth: Tensor, pictures: Tensor, *, value_range: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """PSNR `(B,)` of an attacker who sees no gradient and always answers the mean of `pictures` `(N, *input_shape)`.
+
+    What every attack is to be compared with. `truth`: `(B, *input_shape)`, of which `pictures` should hold none.
+    """
+    if pictures.shape[1:] != truth.shape[1:] or not len(pictures):
+        raise InputError(f"`pictures` must be (N, *input_shape), got {tuple(pictures.shape)} for {tuple(truth.shape)}.")
+    guess = pictures.double().mean(0, keepdim=True).expand_as(truth)
+    low, high = value_range
+    mse = (guess - truth.double()).square().flatten(1).mean(1)
+    return 10 * torch.log10((high - low) ** 2 / mse.clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def _ssim(guess: Tensor, truth: Tensor, span: float) -> Tensor:

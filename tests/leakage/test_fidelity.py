@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradguard import InputError
-from gradguard.leakage import fidelity
+from gradguard.leakage import fidelity, mean_picture_psnr
 
 
 def test_psnr_is_its_formula(digit_pictures):
@@ -61,3 +61,31 @@ def test_errors(digit_pictures):
         fidelity(digit_pictures.images[:1], digit_pictures.images[:2])
     with pytest.raises(InputError, match="low < high"):
         fidelity(digit_pictures.images[:1], digit_pictures.images[:1], value_range=(1, 0))
+
+
+def test_a_perceptual_distance_gets_matched_pictures_in_0_1():
+    truth = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    swapped = truth.flip(0) + 0.1
+    seen = []
+
+    def distance(one, other):
+        seen.append((one, other))
+        return (one - other).abs().mean()
+
+    found = fidelity(swapped, truth, value_range=(-1, 1), perceptual=distance)
+    for one, other in seen:
+        assert one.shape == (1, 1, 8, 8)
+        assert 0 <= one.min() <= one.max() <= 1
+        assert 0 <= other.min() <= other.max() <= 1
+    assert found.perceptual.shape == (2,)
+    assert (found.perceptual < 0.051).all()
+    assert fidelity(swapped, truth).perceptual is None
+
+
+def test_the_mean_picture_is_the_attacker_without_a_gradient():
+    pictures = torch.rand(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    truth = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    expected = fidelity(pictures.mean(0, keepdim=True).expand(3, -1, -1, -1), truth)
+    torch.testing.assert_close(mean_picture_psnr(truth, pictures), expected.psnr, rtol=1e-5, atol=0)
+    with pytest.raises(InputError, match="`pictures` must be"):
+        mean_picture_psnr(truth, pictures[:, 0])
