@@ -2,7 +2,7 @@
 
 `K = L Q` is `(m, b)` with many exact zeros, `L` `(m, b)` is known and `Q` is not. A column `q` of `Q` is orthogonal to
 every row of `L` at which `K` has a zero, so `b - 1` such rows give it, up to its scale. Source: Dimitrov et al. 2024
-(arXiv 2403.03945), section 3. Differs from the paper in: what counts as zero is measured on the gradient's own rounding
+(arXiv 2403.03945). Differs from the paper in: what counts as zero is measured on the gradient's own rounding
 instead of fixed; the independent directions of most zeros are kept by a greedy algorithm, which for bases is exact, so
 that nothing but one basis is carried from one draw to the next; and directions are completed in pairs (`completed`).
 """

@@ -4,7 +4,7 @@ Let the first layer compute `z = W x + c` on `B` examples, the rows of `X` `(B, 
 of `K` `(m, B)`. Then `grad W = K X`, and with the bias's gradient `K 1` as one more column `grad = K [X 1]`. Its rank
 is `b <= B`, so `grad = L R` with known factors, and `K = L Q`, `[X 1] = Q^-1 R` for an unknown `b x b` matrix `Q`. The
 ReLU's zeros give `Q` up to the scale of its columns, the column of ones the scales. Source: Dimitrov et al. 2024
-(arXiv 2403.03945), section 3; labels, copies and layers without a bias are ours.
+(arXiv 2403.03945); labels, copies and layers without a bias are ours.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Disaggregated:
     """What a set of directions comes to. `inputs`: `(B, *input_shape)`; `labels`: as in `Observation`, or `None`.
 
     `loss`: the matching loss, `nan` without labels; `score`: the share of signs of `z` that agree with the zeros of `K`
-    (Dimitrov et al. 2024, section 3.3); `copies`: how many examples are returned as another one's copy.
+    (Dimitrov et al. 2024); `copies`: how many examples are returned as another one's copy.
     """
 
     inputs: Tensor
@@ -88,7 +88,7 @@ class Disaggregation:
         return self._assigned(x, residuals, scales, targets, score)
 
     def score(self, columns: SparseColumns) -> float:
-        """The share of signs of `z` that agree with the zeros of `K` (Dimitrov et al. 2024, section 3.3), in [0, 1]."""
+        """The share of signs of `z` that agree with the zeros of `K` (Dimitrov et al. 2024), in [0, 1]."""
         return self._disaggregated(columns)[2]
 
     def _disaggregated(self, columns: SparseColumns) -> tuple[Tensor, Tensor, float]:
