@@ -33,7 +33,7 @@ from torch import Tensor
 from common import Bar, benchmark_parser, finish, generator, rows_table
 from gradguard import InputJacobian, LossGradient
 from gradguard.attacks import DLG, Observation
-from gradguard.attacks.matching import matching_losses
+from gradguard.attacks.matching.engine import matching_losses
 from gradguard.defenses import GaussianNoise, Pruning
 from gradguard.gradients import Gradient, LossFunction, add
 from gradguard.leakage import influence

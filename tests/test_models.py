@@ -4,8 +4,20 @@ import pytest
 import torch
 from torch import nn
 
-from gradguard import InputError
-from gradguard.models import ACTIVATIONS, NAMED, activation_module, cnn6, digits_convnet, fcn, lenet, uniform_init_
+from gradguard import InputError, LossGradient
+from gradguard.linearisation import is_bilinear
+from gradguard.models import (
+    ACTIVATIONS,
+    NAMED,
+    Normalised,
+    activation_module,
+    cnn6,
+    convnet,
+    digits_convnet,
+    fcn,
+    lenet,
+    uniform_init_,
+)
 
 
 def sizes(model, input_shape):
@@ -111,3 +123,42 @@ def test_activations_by_name():
     for build in (lenet, cnn6, digits_convnet, lambda activation: fcn((4, 3, 2), activation=activation)):
         with pytest.raises(InputError, match=r"`activation` must be one of \['elu', .*\], got 'relu6'"):
             build(activation="relu6")
+
+
+def test_convnet_64():
+    """Geiping et al. 2020 as their code builds it: 8 convolutions, 36 * width features."""
+    model = convnet(64)
+    convolutions = [m for m in model if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in convolutions] == [64, 128, 128, 256, 256, 256, 256, 256]
+    kinds = [type(m) for m in model]
+    pools = [i for i, kind in enumerate(kinds) if kind is nn.MaxPool2d]
+    assert [kinds[:i].count(nn.Conv2d) for i in pools] == [6, 8]
+    assert kinds.count(nn.BatchNorm2d) == kinds.count(nn.ReLU) == 8
+    assert model[-1].in_features == 36 * 64
+    weights = 9 * (3 * 64 + 64 * 128 + 128 * 128 + 128 * 256 + 4 * 256 * 256)
+    channels = 64 + 2 * 128 + 5 * 256
+    assert count(model) == weights + 3 * channels + 2304 * 10 + 10  # a bias, a scale and a shift per channel
+    assert convnet(2, in_channels=1, image_size=28)(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    with pytest.raises(InputError, match=r"`image_size` must be at least 9 .*, got 8"):
+        convnet(image_size=8)
+
+
+def test_normalised_inputs_change_no_gradient_and_keep_the_fast_path(batch):
+    x, y = batch[0].double(), batch[1]
+    torch.manual_seed(0)
+    model = digits_convnet().double()
+    whole = nn.Sequential(Normalised([0.375], [0.25]).double(), model)
+    loss = nn.CrossEntropyLoss()
+    inside = LossGradient(model, loss)((x - 0.375) / 0.25, y)
+    outside = LossGradient(whole, loss)(x, y)
+    assert set(outside) == {f"1.{n}" for n in inside}
+    for name, gradient in inside.items():
+        torch.testing.assert_close(outside[f"1.{name}"], gradient, rtol=1e-6, atol=1e-9)
+    assert is_bilinear(LossGradient(whole, loss), x, y)
+
+
+def test_normalised_refuses_what_is_no_scale():
+    with pytest.raises(InputError, match="`std` positive"):
+        Normalised([0.5], [0.0])
+    with pytest.raises(InputError, match="as long as each other"):
+        Normalised([0.5, 0.5], [1.0])

@@ -6,7 +6,7 @@ from gradguard.attacks.grad_inversion import GradInversion
 from gradguard.attacks.hgap import HGAP
 from gradguard.attacks.ilrg import ILRG, IDLGLabel, LabelSystem
 from gradguard.attacks.inverting_gradients import InvertingGradients
-from gradguard.attacks.matching import GradientMatching, MatchingAttack
+from gradguard.attacks.matching.engine import GradientMatching, MatchingAttack
 from gradguard.attacks.rgap import RGAP
 from gradguard.attacks.second_order import LevenbergMarquardt
 from gradguard.attacks.spear import SPEAR

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gradguard.attacks.lbfgs import LBFGS
-from gradguard.attacks.matching import MatchingAttack, UnknownLabels
-from gradguard.attacks.search import Optimiser
+from gradguard.attacks.matching.engine import MatchingAttack, UnknownLabels
+from gradguard.attacks.matching.lbfgs import LBFGS
+from gradguard.attacks.matching.search import Optimiser
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from gradguard.attacks.adam import Adam
-from gradguard.attacks.matching import MatchingAttack
-from gradguard.attacks.penalties import BatchNormStatistics, GroupConsistency, Penalty, SquaredNorm, TotalVariation
-from gradguard.attacks.search import Optimiser
+from gradguard.attacks.matching.adam import Adam
+from gradguard.attacks.matching.engine import MatchingAttack
+from gradguard.attacks.matching.penalties import (
+    BatchNormStatistics,
+    GroupConsistency,
+    Penalty,
+    SquaredNorm,
+    TotalVariation,
+)
+from gradguard.attacks.matching.search import Optimiser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +24,8 @@ class GradInversion(MatchingAttack):
 
     Squared distance of gradients, total variation, squared norm, BatchNorm statistics and group consistency, by Adam
     with a cosine decay after a warm-up. Differs from the paper in: the squared distance is relative to the sent
-    gradient, no noise is added to the steps, and the group's mean is not registered.
+    gradient, which is why `batch_norm` is 1e-3 where the paper has 0.1; no noise is added to the steps, the group's
+    mean is not registered, and a quarter of the paper's 20,000 iterations are the default.
     """
 
     iterations: int = 5000

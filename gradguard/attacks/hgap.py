@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from gradguard.attacks.base import Observation, Reconstruction
-from gradguard.attacks.heads import Head
+from gradguard.attacks.closed_form.heads import Head
+from gradguard.attacks.closed_form.rgap_layer import Sides, Solved
+from gradguard.attacks.closed_form.rgap_problem import Problem
 from gradguard.attacks.rgap import RGAP
-from gradguard.attacks.rgap_layer import Sides, Solved
-from gradguard.attacks.rgap_problem import Problem
 from gradguard.chain import Activation, Affine
 from gradguard.errors import InputError
 from gradguard.linalg import LinearOperator

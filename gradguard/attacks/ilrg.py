@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from gradguard.attacks.base import Attack, Observation, Reconstruction
-from gradguard.attacks.classification_head import observed_head
-from gradguard.attacks.label_system import solve_label_system
-from gradguard.attacks.labels import idlg_label, labels_of, restore_label_counts, sparsified
+from gradguard.attacks.labels.classification_head import observed_head
+from gradguard.attacks.labels.counts import idlg_label, labels_of, restore_label_counts, sparsified
+from gradguard.attacks.labels.system import solve_label_system
 from gradguard.errors import InputError
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from gradguard.attacks.adam import Adam
-from gradguard.attacks.distances import CosineDistance, Distance
-from gradguard.attacks.matching import MatchingAttack
-from gradguard.attacks.penalties import Penalty, TotalVariation
-from gradguard.attacks.search import Optimiser
+from gradguard.attacks.matching.adam import Adam
+from gradguard.attacks.matching.distances import CosineDistance, Distance
+from gradguard.attacks.matching.engine import MatchingAttack
+from gradguard.attacks.matching.penalties import Penalty, TotalVariation
+from gradguard.attacks.matching.search import Optimiser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,11 @@ class InvertingGradients(MatchingAttack):
 
     Minimises `1 - cosine + total_variation * TV` by Adam on the sign of the derivative, inputs kept in
     the observation's value range. `learning_rate` falls tenfold at 3/8, 5/8 and 7/8 of the `iterations`.
+
+    `learning_rate` and `total_variation` are in units of inputs. The numbers are the authors', who count in normalised
+    inputs; their own steps in [0, 1] are a standard deviation (about 1/4) times as long and their total variation
+    weighs 4 times as much: `learning_rate=0.025, total_variation=4e-4`. On the networks that we tried neither is
+    better (docs/matching.md).
     """
 
     iterations: int = 4800

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from gradguard.attacks.base import Attack, Observation, Reconstruction
-from gradguard.attacks.heads import Head
-from gradguard.attacks.rgap_batch import check_batch, examples, first_layer
-from gradguard.attacks.rgap_layer import EXACT, LayerSolver, Sides, Solved
-from gradguard.attacks.rgap_problem import PERFECT, Problem, Trial
+from gradguard.attacks.closed_form.heads import Head
+from gradguard.attacks.closed_form.rgap_batch import check_batch, examples, first_layer
+from gradguard.attacks.closed_form.rgap_layer import EXACT, LayerSolver, Sides, Solved
+from gradguard.attacks.closed_form.rgap_problem import PERFECT, Problem, Trial
 from gradguard.chain import Activation, Affine, ChannelScale, MeanPool, Reshape, few_threads, walk
 from gradguard.errors import InputError
 

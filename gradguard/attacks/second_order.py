@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gradguard.attacks.lbfgs import LBFGS
-from gradguard.attacks.matching import MatchingAttack
-from gradguard.attacks.search import Optimiser
+from gradguard.attacks.matching.engine import MatchingAttack
+from gradguard.attacks.matching.lbfgs import LBFGS
+from gradguard.attacks.matching.search import Optimiser
 from gradguard.errors import InputError
 
 
@@ -14,7 +14,7 @@ from gradguard.errors import InputError
 class LevenbergMarquardt(MatchingAttack):
     """Minimise the squared distance of gradients by damped Gauss-Newton steps from the start on (ours).
 
-    `iterations`: steps, each a least-squares problem in the input Jacobian (`gradguard.attacks.levenberg_marquardt`);
+    `iterations`: steps, each a least-squares problem in the input Jacobian (`matching.levenberg_marquardt`);
     it replaces `polish`, which is the same thing after another search. For smooth networks.
     """
 

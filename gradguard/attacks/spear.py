@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from gradguard.attacks.base import Attack, Observation, Reconstruction
-from gradguard.attacks.rgap_problem import PERFECT
-from gradguard.attacks.sparse_columns import SparseColumns, factors
-from gradguard.attacks.spear_problem import Disaggregated, Disaggregation
+from gradguard.attacks.closed_form.rgap_problem import PERFECT
+from gradguard.attacks.closed_form.sparse_columns import SparseColumns, factors
+from gradguard.attacks.closed_form.spear_problem import Disaggregated, Disaggregation
 from gradguard.errors import InputError
 
 #: Draws at a time: the first, and the most.

@@ -10,7 +10,7 @@ from torch import nn
 from gradguard import InputError, LossGradient, UnsupportedModelError
 from gradguard.attacks.base import Observation
 from gradguard.attacks.ilrg import ILRG, IDLGLabel
-from gradguard.attacks.labels import infer_labels, restore_label_counts, update_label_counts
+from gradguard.attacks.labels.counts import infer_labels, restore_label_counts, update_label_counts
 from gradguard.data import digits, load_npz
 from gradguard.leakage.labels import LabelRecovery, count_labels, label_recovery
 from gradguard.models import fcn

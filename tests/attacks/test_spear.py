@@ -6,7 +6,7 @@ from torch import nn
 
 import gradguard as gg
 from gradguard.attacks import SPEAR, Observation
-from gradguard.attacks.sparse_columns import SparseColumns, factors
+from gradguard.attacks.closed_form.sparse_columns import SparseColumns, factors
 from gradguard.errors import InputError, UnsupportedModelError
 from gradguard.gradients import LossGradient
 from gradguard.models import fcn, lenet

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradguard.attacks.search import Optimiser, Projection, Search, ValueAndGradient, rows_where
+from gradguard.attacks.matching.search import Optimiser, Projection, Search, ValueAndGradient, rows_where
 from gradguard.errors import InputError
 from gradguard.linalg.operator import safe_inverse
 
@@ -135,9 +135,9 @@ class LBFGSSearch(Search):
     def _times(self, gradient: Tensor) -> Tensor:
         """An approximate inverse Hessian times `gradient`, in compact form (Byrd, Nocedal & Schnabel 1994, Eq. 2.6).
 
-        `H = c I + [S, c Y] [[R^{-T} (D + c Y^T Y) R^{-1}, -R^{-T}], [-R^{-1}, 0]] [S, c Y]^T` with `R` the upper triangle
-        of `S^T Y` and `D` its diagonal: a dozen operations whatever the memory, where the two-loop recursion takes
-        several for each pair. Only the small products are brought into the pairs' order, oldest first.
+        `H = c I + [S, c Y] [[R^{-T} (D + c Y^T Y) R^{-1}, -R^{-T}], [-R^{-1}, 0]] [S, c Y]^T` with `R` the upper
+        triangle of `S^T Y` and `D` its diagonal: a dozen operations whatever the memory, where the two-loop recursion
+        takes several for each pair. Only the small products are brought into the pairs' order, oldest first.
         """
         size = self.s.shape[1]
         order = (self.next[:, None] + torch.arange(size, device=self.next.device)) % size

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from gradguard.attacks.base import Observation
-from gradguard.attacks.distances import Distance, SquaredDistance
-from gradguard.attacks.penalties import Penalty
+from gradguard.attacks.matching.distances import Distance, SquaredDistance
+from gradguard.attacks.matching.penalties import Penalty
 from gradguard.errors import InputError
 from gradguard.gradients import Gradient
 from gradguard.linearisation import Linearisation, is_bilinear

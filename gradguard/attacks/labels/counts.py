@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradguard.attacks.base import Observation
-from gradguard.attacks.classification_head import observed_head
+from gradguard.attacks.labels.classification_head import observed_head
 from gradguard.errors import InputError
 
 #: The authors' code cuts the embeddings' decimal exponents at 10, so that a vanishing `grad b_c` stays finite.
 EMBEDDING_CAP = 1e10
 #: Singular values of the system (pivots of its LU) that count as zero; its regular ones are near 1.
 SINGULAR = 1e-5
+
 
 def sparsified(weight_gradient: Tensor, share: float = 0.01) -> bool:
     """Whether more than a `share` of a head's weight gradient `(C, m)` was set to 0.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradguard.attacks.base import Observation
-from gradguard.attacks.heads import (
+from gradguard.attacks.closed_form.heads import (
     Head,
     bias_head,
     is_softmax_cross_entropy,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from gradguard.attacks.base import Observation
-from gradguard.attacks.lbfgs import Minima
+from gradguard.attacks.matching.lbfgs import Minima
 from gradguard.gradients import Gradient, flatten
 from gradguard.jacobian import InputJacobian
 from gradguard.linalg import dense_least_squares, lsmr

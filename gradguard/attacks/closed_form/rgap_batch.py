@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradguard.attacks.base import Observation
-from gradguard.attacks.heads import bias_head
+from gradguard.attacks.closed_form.heads import bias_head
 from gradguard.chain import Affine, Chain, Reshape
 from gradguard.errors import InputError
 

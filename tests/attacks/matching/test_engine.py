@@ -9,8 +9,8 @@ from torch import nn
 
 from gradguard import InputError, LossGradient
 from gradguard.attacks import DLG, InvertingGradients, Observation
-from gradguard.attacks.distances import CosineDistance, SquaredDistance
-from gradguard.attacks.penalties import total_variation
+from gradguard.attacks.matching.distances import CosineDistance, SquaredDistance
+from gradguard.attacks.matching.penalties import total_variation
 from gradguard.gradients import flatten
 from references import loss_of, psnr
 

@@ -17,7 +17,7 @@ from gradguard.errors import InputError
 from gradguard.priors import PowerLawPrior
 
 if TYPE_CHECKING:
-    from gradguard.attacks.trials import Trials
+    from gradguard.attacks.matching.trials import Trials
 
 
 @dataclass(frozen=True, kw_only=True)

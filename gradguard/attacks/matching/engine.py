@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from gradguard.attacks.base import Attack, Observation, Reconstruction
-from gradguard.attacks.distances import Distance, SquaredDistance
-from gradguard.attacks.labels import infer_labels
-from gradguard.attacks.lbfgs import LBFGS
-from gradguard.attacks.levenberg_marquardt import levenberg_marquardt
-from gradguard.attacks.matching_run import MatchingRun
-from gradguard.attacks.penalties import Penalty
-from gradguard.attacks.progress import Checkpoint, progress_bar
-from gradguard.attacks.search import Optimiser, rows_where
-from gradguard.attacks.trials import LabelMode, Trials, check_alike
+from gradguard.attacks.labels.counts import infer_labels
+from gradguard.attacks.matching.distances import Distance, SquaredDistance
+from gradguard.attacks.matching.lbfgs import LBFGS
+from gradguard.attacks.matching.levenberg_marquardt import levenberg_marquardt
+from gradguard.attacks.matching.penalties import Penalty
+from gradguard.attacks.matching.progress import Checkpoint, progress_bar
+from gradguard.attacks.matching.run import MatchingRun
+from gradguard.attacks.matching.search import Optimiser, rows_where
+from gradguard.attacks.matching.trials import LabelMode, Trials, check_alike
 from gradguard.errors import InputError
 
 #: How labels that the observation lacks are dealt with.

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from gradguard.attacks.base import Observation
-from gradguard.attacks.progress import Checkpoint
-from gradguard.attacks.search import Search
-from gradguard.attacks.trials import Trials
+from gradguard.attacks.matching.progress import Checkpoint
+from gradguard.attacks.matching.search import Search
+from gradguard.attacks.matching.trials import Trials
 
 if TYPE_CHECKING:
-    from gradguard.attacks.matching import MatchingAttack
+    from gradguard.attacks.matching.engine import MatchingAttack
 
 #: Evaluations between two looks at how the trials do: each look reads numbers back from the device.
 CHECK_EVERY = 10

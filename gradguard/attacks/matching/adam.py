@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradguard.attacks.search import Optimiser, Projection, Search, ValueAndGradient, rows_where
+from gradguard.attacks.matching.search import Optimiser, Projection, Search, ValueAndGradient, rows_where
 from gradguard.errors import InputError
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from gradguard.attacks.base import Observation
-from gradguard.attacks.sparse_columns import SparseColumns
+from gradguard.attacks.closed_form.sparse_columns import SparseColumns
 from gradguard.chain import Activation, Affine, Chain, Reshape, all_parameters, walk
 from gradguard.errors import InputError, UnsupportedModelError
 

@@ -17,10 +17,10 @@ from gradguard.attacks import (
     LevenbergMarquardt,
     Observation,
     attack_candidates,
-    matching_run,
 )
-from gradguard.attacks.adam import Adam
-from gradguard.attacks.distances import CosineDistance
+from gradguard.attacks.matching import run as matching_run
+from gradguard.attacks.matching.adam import Adam
+from gradguard.attacks.matching.distances import CosineDistance
 from gradguard.gradients import flatten
 from gradguard.local_training import LocalTraining, surrogate_model
 from references import flat_gradient, loss_of, psnr

@@ -8,7 +8,7 @@ from torch import nn
 
 from gradguard import InputJacobian, LossGradient
 from gradguard.attacks import Observation
-from gradguard.attacks.levenberg_marquardt import levenberg_marquardt
+from gradguard.attacks.matching.levenberg_marquardt import levenberg_marquardt
 from gradguard.gradients import add, flatten, norm
 from gradguard.leakage import influence
 from references import dense_jacobian, flat_gradient
@@ -47,7 +47,7 @@ def observation(convnet, cross_entropy, digit):
 def path(request, monkeypatch):
     """Both ways to take a step: the normal one for small inputs, and the one for large ones."""
     if request.param == "lsmr":
-        monkeypatch.setattr("gradguard.attacks.levenberg_marquardt.DENSE_SIZE", 0)
+        monkeypatch.setattr("gradguard.attacks.matching.levenberg_marquardt.DENSE_SIZE", 0)
     return request.param
 
 
@@ -78,12 +78,12 @@ def test_dense_and_lsmr_take_the_same_steps(observation, digit, monkeypatch, ite
     x, y = digit
     start, labels = around(x, distance=0.3), y.expand(3, 1)
     dense = levenberg_marquardt(observation, start, labels, iterations=iterations)
-    monkeypatch.setattr("gradguard.attacks.levenberg_marquardt.DENSE_SIZE", 0)
+    monkeypatch.setattr("gradguard.attacks.matching.levenberg_marquardt.DENSE_SIZE", 0)
 
     def refuse(*args, **kwargs):
         raise AssertionError("the dense path was taken")
 
-    monkeypatch.setattr("gradguard.attacks.levenberg_marquardt.dense_least_squares", refuse)
+    monkeypatch.setattr("gradguard.attacks.matching.levenberg_marquardt.dense_least_squares", refuse)
     krylov = levenberg_marquardt(observation, start, labels, iterations=iterations)
     torch.testing.assert_close(krylov.points, dense.points, rtol=0, atol=1e-6)
 

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradguard.attacks.label_space import LARGEST_RANK, HeadSpace, head_space, possible_classes
-from gradguard.attacks.labels import RestoredCounts, restore_label_counts, round_counts
+from gradguard.attacks.labels.counts import RestoredCounts, restore_label_counts, round_counts
+from gradguard.attacks.labels.space import LARGEST_RANK, HeadSpace, head_space, possible_classes
 
 #: Share of the gradient that iLRG's answer may leave unexplained before an even spread is the better guess.
 USELESS = 0.5

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradguard.attacks.label_space import head_space, possible_classes
+from gradguard.attacks.labels.space import head_space, possible_classes
 from gradguard.errors import InputError
 
 

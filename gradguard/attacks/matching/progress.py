@@ -19,7 +19,7 @@ from gradguard.files import atomic_path
 
 if TYPE_CHECKING:
     from gradguard.attacks.base import Attack
-    from gradguard.attacks.trials import Trials
+    from gradguard.attacks.matching.trials import Trials
 
 
 @contextmanager

@@ -6,14 +6,14 @@ from torch import nn
 
 from gradguard import InputError, LossGradient
 from gradguard.attacks import GradientMatching, GradInversion, Observation
-from gradguard.attacks.penalties import (
+from gradguard.attacks.matching.penalties import (
     BatchNormStatistics,
     GaussianPrior,
     GroupConsistency,
     SquaredNorm,
     TotalVariation,
 )
-from gradguard.attacks.trials import Trials
+from gradguard.attacks.matching.trials import Trials
 from gradguard.priors import PowerLawPrior
 
 

@@ -10,9 +10,9 @@ from torch import nn
 from gradguard import InputError, LossGradient
 from gradguard.attacks import ILRG, LabelSystem
 from gradguard.attacks.base import Observation
-from gradguard.attacks.label_space import class_violations, head_space, possible_classes
-from gradguard.attacks.label_system import accepted, explain, single_examples, solve_label_system
-from gradguard.attacks.labels import restore_label_counts, sparsified
+from gradguard.attacks.labels.counts import restore_label_counts, sparsified
+from gradguard.attacks.labels.space import class_violations, head_space, possible_classes
+from gradguard.attacks.labels.system import accepted, explain, single_examples, solve_label_system
 from gradguard.data import digits
 from gradguard.leakage.labels import count_labels, label_recovery
 from gradguard.models import fcn

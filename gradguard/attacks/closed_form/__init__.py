@@ -1,0 +1,1 @@
+"""What the closed-form attacks (R-GAP, H-GAP, SPEAR) solve: the start at the top, layer by layer, sparse columns."""

@@ -1,0 +1,1 @@
+"""Gradient matching: the engine of DLG and its descendants, and its parts."""
