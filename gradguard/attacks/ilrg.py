@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from gradguard.attacks.base import Attack, Observation, Reconstruction
 from gradguard.attacks.labels.classification_head import observed_head
 from gradguard.attacks.labels.counts import idlg_label, labels_of, restore_label_counts, sparsified
-from gradguard.attacks.labels.system import solve_label_system
+from gradguard.attacks.labels.inference import solve_observed_system
 from gradguard.errors import InputError
 
 
@@ -108,21 +108,9 @@ class LabelSystem(Attack):
     def run(self, observation: Observation, generator: torch.Generator | None) -> Reconstruction:
         """`generator`: of the starts (default: seed 0)."""
         head = observed_head(observation, needs_bias=False)
-        parameters, sent = observation.loss_gradient.parameters(), observation.sent
-        # A frozen bias sends no gradient, but the server knows it.
-        frozen = dict(observation.loss_gradient.model.named_parameters()).get(f"{head.weight[: -len('weight')]}bias")
-        sparse = sparsified(sent[head.weight])
-        found = solve_label_system(
-            sent[head.weight],
-            sent[head.bias] if head.bias is not None else None,
-            parameters[head.weight],
-            parameters[head.bias] if head.bias is not None else frozen,
-            observation.batch_size,
-            nonnegative=head.nonnegative,
-            trust=math.inf if sparse else self.trust,
-            rounds=self.rounds,
-            generator=generator,
-        )
+        sparse = sparsified(observation.sent[head.weight])
+        trust = math.inf if sparse else self.trust
+        found = solve_observed_system(observation, head, trust=trust, rounds=self.rounds, generator=generator)
         return Reconstruction(
             attack=self.name,
             labels=labels_of(found.counts),

@@ -22,8 +22,8 @@ class InvertingGradients(MatchingAttack):
 
     `learning_rate` and `total_variation` are in units of inputs. The numbers are the authors', who count in normalised
     inputs; their own steps in [0, 1] are a standard deviation (about 1/4) times as long and their total variation
-    weighs 4 times as much: `learning_rate=0.025, total_variation=4e-4`. On the networks that we tried neither is
-    better (docs/matching.md).
+    weighs 4 times as much: `learning_rate=0.025, total_variation=4e-4` (docs/matching.md compares the
+    two on one network).
     """
 
     iterations: int = 4800

@@ -1,6 +1,8 @@
 """What the reproduction of gradient matching is made of: its figures, its problems, its parts at their smallest."""
 
+import json
 import math
+import sys
 
 import pytest
 import torch
@@ -95,3 +97,13 @@ def test_the_networks_of_dlg():
     weights = torch.cat([p.flatten() for p in reproduce_matching.dlg_lenet(in_channels=3, image_size=32).parameters()])
     assert 0.49 < weights.abs().max() <= 0.5
     assert len(PARTS) == 6
+
+
+def test_a_part_alone_is_kept_under_its_own_name(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("common.RESULTS", tmp_path)
+    monkeypatch.setitem(PARTS, "dlg", lambda options: ([{"network": "x", "psnr_median": 41.0, "data": "y"}], []))
+    monkeypatch.setattr(sys, "argv", ["reproduce_matching.py", "--quick", "--json", "--save", "--parts", "dlg"])
+    reproduce_matching.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["figures"] == {"dlg": [{"network": "x", "psnr_median": 41.0, "data": "y"}]}
+    assert [path.name for path in tmp_path.iterdir()] == ["reproduce_matching_dlg-quick-cpu.json"]

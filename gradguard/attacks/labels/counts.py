@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradguard.attacks.base import Observation
-from gradguard.attacks.labels.classification_head import observed_head
 from gradguard.errors import InputError
 
 #: The authors' code cuts the embeddings' decimal exponents at 10, so that a vanishing `grad b_c` stays finite.
@@ -288,22 +286,6 @@ def update_label_counts(
     return restore_label_counts(
         weight_gradient, bias_gradient, weight, bias, steps * batch_size, refinements=refinements
     )
-
-
-def infer_labels(observation: Observation) -> Tensor:
-    """The labels of an observation's batch, `(B,)` int64 in ascending order: iDLG's for one example, else iLRG's.
-
-    Raises what `observed_head` raises.
-    """
-    single = observation.batch_size == 1
-    head = observed_head(observation, needs_bias=not single)
-    sent, parameters = observation.sent, observation.loss_gradient.parameters()
-    if single or head.bias is None:
-        return idlg_label(sent[head.weight], sent[head.bias] if head.bias is not None else None)[None]
-    restored = restore_label_counts(
-        sent[head.weight], sent[head.bias], parameters[head.weight], parameters[head.bias], observation.batch_size
-    )
-    return labels_of(restored.counts)
 
 
 def labels_of(counts: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gradguard.attacks.base import Attack, Observation, Reconstruction
-from gradguard.attacks.labels.counts import infer_labels
+from gradguard.attacks.labels.inference import infer_labels
 from gradguard.attacks.matching.distances import Distance, SquaredDistance
 from gradguard.attacks.matching.lbfgs import LBFGS
 from gradguard.attacks.matching.levenberg_marquardt import levenberg_marquardt
@@ -44,9 +44,10 @@ class MatchingAttack(Attack):
     `restarts`: trials of each picture. `polish`: Levenberg-Marquardt iterations on every trial afterwards; on smooth
         networks they take a found picture to the precision of the arithmetic.
     `labels`: those of the observation are used; where it has none, "inferred" takes them from the last layer first
-        (iDLG for one example, iLRG for more), "joint" optimises class probabilities for each example beside the inputs,
-        "shared" one vector of them for the whole batch (the baseline of the iLRG paper). The last two need a loss that
-        takes probabilities, as cross-entropy does, and `num_classes`.
+        (iDLG for one example; for more iLRG and, where it does not explain the gradient, what goes past it), "joint"
+        optimises class probabilities for each example beside the inputs, "shared" one vector of them for the whole
+        batch (the baseline of the iLRG paper). The last two need a loss that takes probabilities, as cross-entropy
+        does, and `num_classes`.
     `boxed`: inputs are kept in the observation's value range. `start_from`: standard normal numbers ("normal"), in
         units of a quarter of the value range around its middle where inputs are boxed; uniform ones in the range
         ("uniform"); or its middle ("grey").
