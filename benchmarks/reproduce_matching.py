@@ -147,7 +147,7 @@ def attacked(
         "attack": attack.name,
         "batches": len(task.batches),
         "batch": task.batches.shape[1],
-        "psnr_median": psnr.median().item() if psnr.numel() % 2 else statistics.median(psnr.flatten().tolist()),
+        "psnr_median": statistics.median(psnr.flatten().tolist()),
         "psnr_mean": psnr.mean().item(),
         "psnr_min": psnr.min().item(),
         "psnr_max": psnr.max().item(),

@@ -105,7 +105,7 @@ def test_named_models(name):
     graph = walk_graph(LossGradient(model, nn.MSELoss()), shape)
     x, state = random(*shape), dict(model.state_dict())
     assert torch.allclose(graph(x, state), model(x[None])[0], atol=1e-12)
-    if name.startswith(("vgg", "resnet")):
+    if name.startswith(("vgg", "resnet", "convnet64")):
         with pytest.raises(UnsupportedModelError, match=r"MaxPool2d|residual|skip"):
             chain_of(model, shape)
     else:
