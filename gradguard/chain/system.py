@@ -76,7 +76,7 @@ class LayerSystem:
             rows = u[0, :outputs].view(*w.shape[:2], -1)
             columns = w.mT @ (rows if seen is None else rows * seen)
             if weights:
-                columns = columns + u[0, outputs:].view(w.shape).mT @ kk
+                columns.baddbmm_(u[0, outputs:].view(w.shape).mT, kk)
             return layer.unpatches(columns).reshape(1, -1)
 
         operator = LinearOperator(matvec, rmatvec, (1, outputs + weights, layer.unknowns), w)

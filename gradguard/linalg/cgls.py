@@ -35,36 +35,37 @@ def cgls(
     squared_damping = torch.as_tensor(damping, dtype=operator.dtype, device=operator.device).expand(rows)[:, None] ** 2
 
     x = torch.zeros(rows, n, dtype=operator.dtype, device=operator.device)
-    r = b
+    r = b.clone()
     s = operator.rmatvec(r)
-    p, gamma = s, (s * s).sum(-1)
-    first, b_norm = gamma.sqrt(), torch.linalg.vector_norm(b, dim=-1)
-    residual = torch.where(first > 0, torch.ones_like(first), torch.zeros_like(first))
+    p, gamma = s, (s * s).sum(-1, keepdim=True)
     # What is divided by below is zero only with what is divided.
     tiny = torch.finfo(operator.dtype).tiny
-    by_first, by_b = safe_inverse(first), safe_inverse(b_norm)
+    by_first, by_b = safe_inverse(gamma[:, 0].sqrt()), safe_inverse(torch.linalg.vector_norm(b, dim=-1))
+    residual = (gamma[:, 0] > 0).to(operator.dtype)
     damped = bool((squared_damping > 0).any())
 
-    iteration = 0
-    while iteration < (max_iterations or 4 * n):
-        if iteration % check_every == 0 and bool((residual <= tolerance).all()):
-            break
-        iteration += 1
-        q = operator.matvec(p)
+    iteration, limit = 0, max_iterations or 4 * n
+    while iteration < limit and bool((residual > tolerance).any()):
         # A problem that has ended keeps its solution: going on would only add rounding.
-        curvature = (q * q).sum(-1)
-        if damped:
-            curvature = curvature + squared_damping[:, 0] * (p * p).sum(-1)
-        step = (gamma / curvature.clamp_min(tiny) * (residual > tolerance))[:, None]
-        x = torch.addcmul(x, step, p)
-        r = torch.addcmul(r, step, q, value=-1.0)
-        s = operator.rmatvec(r)
-        if damped:
-            s = s - squared_damping * x
-        following = (s * s).sum(-1)
-        p = torch.addcmul(s, (following / gamma.clamp_min(tiny))[:, None], p)
-        gamma = following
+        active = (residual > tolerance).to(operator.dtype)[:, None] if rows > 1 else None
+        for _ in range(min(check_every, limit - iteration)):
+            iteration += 1
+            q = operator.matvec(p)
+            curvature = (q * q).sum(-1, keepdim=True)
+            if damped:
+                curvature = curvature + squared_damping * (p * p).sum(-1, keepdim=True)
+            step = gamma / curvature.clamp_min_(tiny)
+            if active is not None:
+                step = step * active
+            x.addcmul_(step, p)
+            r.addcmul_(step, q, value=-1.0)
+            s = operator.rmatvec(r)
+            if damped:
+                s = s - squared_damping * x
+            following = (s * s).sum(-1, keepdim=True)
+            p = torch.addcmul(s, following / gamma.clamp_min_(tiny), p)
+            gamma = following
         consistent = torch.linalg.vector_norm(r, dim=-1) * by_b
-        now = torch.minimum(gamma.sqrt() * by_first, consistent)
+        now = torch.minimum(gamma[:, 0].sqrt() * by_first, consistent)
         residual = torch.where(residual > tolerance, now, residual)
     return LeastSquares(x, residual, iteration, residual <= tolerance)
