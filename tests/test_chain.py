@@ -19,6 +19,11 @@ def chain_of(model, input_shape, **options):
     return walk(LossGradient(model, nn.MSELoss(), dtype=torch.float64, **options), input_shape)
 
 
+def as_matrix(operator):
+    """An operator of one problem as its dense matrix."""
+    return torch.stack([operator.matvec(e[None])[0] for e in torch.eye(operator.shape[2]).double()], dim=1)
+
+
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -200,6 +205,7 @@ LAYERS = {
     "same, odd": (nn.Conv2d(2, 3, 3, padding="same"), (2, 5, 5)),
     "same, even": (nn.Conv2d(2, 3, (4, 2), padding="same", dilation=(1, 3)), (2, 6, 7)),
     "valid": (nn.Conv2d(2, 3, 2, padding="valid", stride=3), (2, 7, 7)),
+    "more filters than positions": (nn.Conv2d(4, 16, 3, groups=2, stride=2, padding=1), (4, 3, 4)),
 }
 
 
@@ -254,21 +260,34 @@ class TestLayer:
 
         dense = jacobian(constraints, x).reshape(-1, layer.unknowns)
         system = LayerSystem.of(layer, parameters["weight"], k, k, layer.weight_gradient(x, k))
-        columns = [system.operator.matvec(e[None])[0] for e in torch.eye(layer.unknowns, dtype=torch.float64)]
-        found = torch.stack(columns, dim=1)
+        found = as_matrix(system.equations)
         rows_of = [parameters["weight"].flatten(1).norm(dim=1), k.reshape(len(k), -1).norm(dim=1)]
         repeats = [layer.outputs // layer.filters, layer.taps]
         scale = torch.cat([n.repeat_interleave(r) for n, r in zip(rows_of, repeats, strict=True)])
         assert torch.allclose(found * scale[:, None], dense, atol=1e-10)
         u = random(1, len(dense), seed=3)
-        assert torch.allclose(system.operator.rmatvec(u)[0], found.mT @ u[0], atol=1e-10)
+        assert torch.allclose(system.equations.rmatvec(u)[0], found.mT @ u[0], atol=1e-10)
+
+    def test_fewer_rows_are_the_same_least_squares_problem(self, name):
+        _, layer, parameters, x, k = case(name)
+        z, sent = random(*layer.output_shape, seed=4), random(*parameters["weight"].shape, seed=5)
+        system = LayerSystem.of(layer, parameters["weight"], k, z, sent)
+        every, few = as_matrix(system.equations), as_matrix(system.operator)
+        positions = layer.outputs // layer.filters
+        fewer = layer.taps * (layer.filters - layer.groups * min(layer.filters // layer.groups, positions))
+        assert len(every) - len(few) == fewer
+        assert torch.allclose(few.mT @ few, every.mT @ every, atol=1e-10)
+        assert torch.allclose(few.mT @ system.target[0], every.mT @ system.values[0], atol=1e-10)
+        assert torch.allclose(system.misfit(x)[0], system.values[0] - every @ x.flatten(), atol=1e-10)
+        lengths = every.norm(dim=0)
+        assert torch.allclose(system.column_lengths[0], torch.where(lengths > 0, lengths, 1.0), atol=1e-10)
 
     def test_solving_the_system_gives_the_input_or_its_determined_part(self, name):
         _, layer, parameters, x, k = case(name)
         z = layer(x, parameters) - layer.offset(parameters)
         system = LayerSystem.of(layer, parameters["weight"], k, z, layer.weight_gradient(x, k))
         found = cgls(system.operator, system.target)
-        dense = torch.stack([system.operator.matvec(e[None])[0] for e in torch.eye(layer.unknowns).double()], dim=1)
+        dense = as_matrix(system.operator)
         assert torch.allclose(found.solution[0], torch.linalg.pinv(dense) @ system.target[0], atol=1e-9)
         rank = int(torch.linalg.matrix_rank(dense))
         assert rank <= layer.rank_bound()
@@ -283,7 +302,7 @@ def test_rank_bound_is_reached_where_every_weight_meets_every_pixel_alike(filter
     layer = chain_of(module, (3, 5, 5)).layers[0]
     k = random(*layer.output_shape)
     system = LayerSystem.of(layer, module.weight.detach(), k, k, module.weight.detach())
-    dense = torch.stack([system.operator.matvec(e[None])[0] for e in torch.eye(75).double()], dim=1)
+    dense = as_matrix(system.operator)
     assert int(torch.linalg.matrix_rank(dense)) == layer.rank_bound()
     assert layer.rank_bound() == min(75, 16 * filters + 12 * filters - filters**2)
 

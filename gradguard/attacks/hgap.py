@@ -21,7 +21,8 @@ from torch import Tensor
 
 from gradguard.attacks.base import Observation, Reconstruction
 from gradguard.attacks.closed_form.heads import Head
-from gradguard.attacks.closed_form.rgap_layer import Sides, Solved
+from gradguard.attacks.closed_form.rgap_descent import Descent
+from gradguard.attacks.closed_form.rgap_layer import LayerSolver, Solved
 from gradguard.attacks.closed_form.rgap_problem import Problem
 from gradguard.attacks.rgap import RGAP
 from gradguard.chain import Activation, Affine
@@ -101,25 +102,14 @@ class HGAP(RGAP):
         details = result.details | {"deficient": names} | ({"note": note} if completed else {})
         return replace(result, converged=bool(rows or result.converged) and converged, details=details)
 
-    def _descend(self, problem: Problem, head: Head, *, look: bool = False) -> tuple[Tensor, list[dict[str, Any]]]:
-        """R-GAP's recursion through completed layers; the picture a completion came with, if it matches better."""
-        x, rows = super()._descend(problem, head, look=look)
-        pictures = [row.pop("picture") for row in rows if "picture" in row]
-        if pictures:
-            x = min([x, *pictures], key=lambda picture: problem.trial(picture, head, rows).loss)
-        return x, rows
+    def _descent(self, problem: Problem, head: Head) -> Descent:
+        return _CompletingDescent(problem, head, super()._descent(problem, head).solver, self)
 
-    def _settled(
-        self,
-        problem: Problem,
-        layer: Affine,
-        z: Tensor,
-        k: Tensor,
-        sides: Sides | None,
-        worst: float,
-        known: Tensor | None,
-    ) -> Solved:
-        solved = super()._settled(problem, layer, z, k, sides, worst, known)
+    def completed(self, problem: Problem, layer: Affine, solved: Solved, worst: float) -> Solved:
+        """A layer's input as R-GAP solved it, with what its equations leave open determined by the layers below.
+
+        `worst`: the largest relative residual of the layers above.
+        """
         below = problem.chain.steps[: problem.chain.steps.index(layer) + 1]
         widest = max(math.prod(step.input_shape) for step in below)
         if widest > self.max_unknowns or not bool(solved.x.isfinite().all() & solved.k.isfinite().all()):
@@ -177,6 +167,24 @@ class HGAP(RGAP):
             "determined": undecided[-1] == 0 and uncertainty <= _DETERMINED,
             "picture": picture,
         }
+
+
+class _CompletingDescent(Descent):
+    """R-GAP's recursion through completed layers; the picture a completion came with, if it matches better."""
+
+    def __init__(self, problem: Problem, head: Head, solver: LayerSolver, attack: HGAP) -> None:
+        super().__init__(problem, head, solver)
+        self.attack = attack
+
+    def finish(self) -> tuple[Tensor, list[dict[str, Any]]]:
+        x, rows = super().finish()
+        pictures = [row.pop("picture") for row in rows if "picture" in row]
+        if pictures:
+            x = min([x, *pictures], key=lambda picture: self.problem.trial(picture, self.head, rows).loss)
+        return x, rows
+
+    def _settled(self, layer: Affine) -> Solved:
+        return self.attack.completed(self.problem, layer, super()._settled(layer), self.worst)
 
 
 def _note(row: dict[str, Any]) -> str:

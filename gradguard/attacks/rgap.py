@@ -12,18 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from gradguard.attacks.base import Attack, Observation, Reconstruction
 from gradguard.attacks.closed_form.heads import Head
 from gradguard.attacks.closed_form.rgap_batch import check_batch, examples, first_layer
-from gradguard.attacks.closed_form.rgap_layer import EXACT, LayerSolver, Sides, Solved
+from gradguard.attacks.closed_form.rgap_descent import Descent, is_short
+from gradguard.attacks.closed_form.rgap_layer import EXACT, LayerSolver
 from gradguard.attacks.closed_form.rgap_problem import PERFECT, Problem, Trial
-from gradguard.chain import Activation, Affine, ChannelScale, MeanPool, Reshape, few_threads, walk
+from gradguard.chain import few_threads, walk
 from gradguard.errors import InputError
-
-#: What is this many times the error away from a flat value is sure not to be it.
-_FLAT = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,92 +134,41 @@ class RGAP(Attack):
 
     def _trials(self, problem: Problem, heads: list[Head]) -> list[Trial]:
         """Every candidate that gives finite values, with its matching loss."""
-        if len(heads) > 1:
-            # A wrong candidate shows in the first layer that is solved; the likeliest first saves the others' solves.
-            first = [self._descend(problem, head, look=True)[1] for head in heads]
-            order = sorted(range(len(heads)), key=lambda i: first[i][0]["residual"] if first[i] else 0.0)
-            heads = [heads[i] for i in order]
+        descents = _likeliest_first([self._descent(problem, head) for head in heads])
         found: list[Trial] = []
-        for index, head in enumerate(heads):
-            x, rows = self._descend(problem, head)
+        for index, descent in enumerate(descents):
+            head, (x, rows) = descent.head, descent.finish()
             if bool(torch.isfinite(x).all()):
                 found.append(problem.trial(x, head, rows))
                 if found[-1].loss < PERFECT:
                     # Another candidate can only match as well if the model is homogeneous, and its picture is then
                     # this one scaled.
-                    for other in heads[index + 1 :]:
+                    for other in (d.head for d in descents[index + 1 :]):
                         scale = (other.x @ head.x) / head.x.square().sum()
                         found.append(problem.trial(scale * x, other, rows))
                     break
         return found
 
-    def _descend(self, problem: Problem, head: Head, *, look: bool = False) -> tuple[Tensor, list[dict[str, Any]]]:
-        """The recursion from `head` to the input, and a row for each solved layer. `look`: one layer, as it is."""
-        x, k = head.x, problem.start.backward(head.k, problem.parameters)
-        rows: list[dict[str, Any]] = []
-        worst = 0.0
-        sides: Sides | None = None
-        known: Tensor | None = None  # which elements of `x` are, where a ReLU hides some of them
-        for step in reversed(problem.chain.steps[: problem.start_index]):
-            if look and rows:
-                break
-            if isinstance(step, Affine):
-                z = x - step.offset(problem.parameters)
-                if look:
-                    weight, sent = problem.parameters[step.weight], problem.sent.get(step.weight)
-                    solved = self._solver.solve(step, weight, sent, z, k, known=known)
-                else:
-                    if sides is not None:
-                        sides = replace(sides, z=sides.z - step.offset(problem.parameters))
-                    solved = self._settled(problem, step, z, k, sides, worst, known)
-                x, k = solved.x, step.backward(solved.k, problem.parameters)
-                rows.append(solved.row)
-                worst, sides, known = max(worst, solved.row["residual"]), None, None
-            elif isinstance(step, MeanPool):
-                x, row = self._solver.unpooled(step, x, known)
-                rows.append(row)
-                worst, sides, known = max(worst, row["residual"]), None, None
-                k = step.backward(k)
-            elif isinstance(step, ChannelScale):
-                x, k = step.inverse(x, problem.parameters), step.backward(k, problem.parameters)
-                sides = sides and sides.through(step, problem.parameters)
-            elif isinstance(step, Activation):
-                margin = _FLAT * max(worst, EXACT) * float(x.square().mean().sqrt())
-                if rows:
-                    rows[-1]["outside"] = float(step.outside(x, margin).double().mean())
-                if step.flat:
-                    here = step.known(x, margin)
-                    x, k = torch.where(here, x, 0.0), torch.where(here, k, 0.0)
-                    known = here if known is None else here & known
-                else:
-                    x = step.inverse(x)
-                    # What least norm made up above contradicts nothing: there is nothing to settle sides by.
-                    sides = None if any(map(is_short, rows)) else Sides.of(step, x, k)
-                    k = k * step.derivative(x)
-            else:
-                assert isinstance(step, Reshape)
-                x, k = x.reshape(step.input_shape), k.reshape(step.input_shape)
-                known = None if known is None else known.reshape(step.input_shape)
-                sides = sides and sides.through(step, problem.parameters)
-        return x, rows
+    def _descent(self, problem: Problem, head: Head) -> Descent:
+        """The way down from one candidate."""
+        solver = LayerSolver(damping=self.damping, max_iterations=self.max_iterations, tolerance=self.solver_tolerance)
+        return Descent(problem, head, solver)
 
-    @property
-    def _solver(self) -> LayerSolver:
-        return LayerSolver(damping=self.damping, max_iterations=self.max_iterations, tolerance=self.solver_tolerance)
 
-    def _settled(
-        self,
-        problem: Problem,
-        layer: Affine,
-        z: Tensor,
-        k: Tensor,
-        sides: Sides | None,
-        worst: float,
-        known: Tensor | None,
-    ) -> Solved:
-        """A layer's input. `worst`: the largest relative residual above."""
-        weight, sent = problem.parameters[layer.weight], problem.sent.get(layer.weight)
-        return self._solver.settled(layer, weight, sent, z, k, known=known, sides=sides, worst=worst)
+def _likeliest_first(descents: list[Descent]) -> list[Descent]:
+    """By what the first layer that is solved leaves over, where a wrong candidate shows: that saves the others' solves.
+
+    None is looked at beyond one that explains it exactly.
+    """
+    if len(descents) == 1:
+        return descents
+    looks: list[float] = []
+    for descent in descents:
+        looks.append(descent.look())
+        if looks[-1] <= EXACT:
+            break
+    order = sorted(range(len(looks)), key=looks.__getitem__) + list(range(len(looks), len(descents)))
+    return [descents[i] for i in order]
 
 
 def _as_one(observation: Observation) -> Observation:
@@ -239,8 +185,3 @@ def _note(rows: list[dict[str, Any]]) -> str:
         f"The equations do not determine the input of {', '.join(short)} of so many unknowns; the solution of least "
         "norm was taken, and what lies below follows from it."
     )
-
-
-def is_short(row: dict[str, Any]) -> bool:
-    """Whether a layer's row says that it has fewer equations than unknowns."""
-    return row["rank_bound"] < row["unknowns"]

@@ -28,15 +28,21 @@ class LayerSystem:
     `W` has the norm of its filter and a row of the gradient constraints that of its filter's `k`, up to the padding.
     Without the scaling a layer with small `k` would lose the gradient constraints to rounding.
     Outputs that are not known (behind a ReLU that is zero) have zero rows.
-    `operator`: `R = 1` problem; `target`: the scaled right-hand side, shape `(1, rows)`. `scales`: what the rows of
-    either kind were multiplied by, `(G, F, 1)`; those of the gradient constraints `None` if there are none.
+    `equations`, `values`: all of them, an `R = 1` problem and its scaled right-hand side `(1, rows)`. `operator`,
+    `target`: the same least-squares problem with as few rows as there are: of `F` filters at `L < F` positions the
+    gradient constraints are combinations of `L` each, so an orthonormal basis of them says all that they agree on.
+    `scales`: what the rows of either kind were multiplied by, `(G, F, 1)`; those of the gradient constraints `None` if
+    there are none.
     """
 
     layer: Affine
+    equations: LinearOperator
+    values: Tensor
     operator: LinearOperator
     target: Tensor
     gradient_constraints: int
     scales: tuple[Tensor, Tensor | None]
+    column_lengths: Tensor
 
     @classmethod
     def of(
@@ -53,38 +59,28 @@ class LayerSystem:
         `known`: where `z` is, bool, `output_shape`; `None`: everywhere.
         """
         w, w_scale = _unit_rows(layer.matrix(weight))
-        target = [(layer.rows(z) * w_scale).flatten()]
+        z = layer.rows(z) * w_scale
         seen = None if known is None else layer.rows(known).to(w.dtype)
-        if seen is not None:
-            target[0] = target[0] * seen.flatten()
-        outputs = target[0].numel()
+        z = (z if seen is None else z * seen).flatten()
+        squares = w.square().mT @ (torch.ones_like(w[:, :, :1]) if seen is None else seen)
         if weight_gradient is None:
-            kk = w.new_zeros(*w.shape[:2], layer.outputs // layer.filters)
-            weights, k_scale = 0, None
-        else:
-            kk, k_scale = _unit_rows(layer.rows(k))
-            target.append((layer.matrix(weight_gradient) * k_scale).flatten())
-            weights = weight.numel()
-
-        def matvec(v: Tensor) -> Tensor:
-            patches = layer.patches(v)
-            rows = w @ patches if seen is None else (w @ patches) * seen
-            parts = [rows.flatten()] + ([(kk @ patches.mT).flatten()] if weights else [])
-            return torch.cat(parts)[None]
-
-        def rmatvec(u: Tensor) -> Tensor:
-            rows = u[0, :outputs].view(*w.shape[:2], -1)
-            columns = w.mT @ (rows if seen is None else rows * seen)
-            if weights:
-                columns.baddbmm_(u[0, outputs:].view(w.shape).mT, kk)
-            return layer.unpatches(columns).reshape(1, -1)
-
-        operator = LinearOperator(matvec, rmatvec, (1, outputs + weights, layer.unknowns), w)
-        return cls(layer, operator, torch.cat(target)[None], weights, (w_scale, k_scale))
+            operator, target, weights, k_scale = _operator(layer, w, seen, None), z[None], 0, None
+            columns = squares.expand(-1, -1, layer.outputs // layer.filters)
+            return cls(layer, operator, target, operator, target, 0, (w_scale, None), _lengths(layer, columns))
+        kk, k_scale = _unit_rows(layer.rows(k))
+        sent = layer.matrix(weight_gradient) * k_scale
+        equations, values = _operator(layer, w, seen, kk), torch.cat([z, sent.flatten()])[None]
+        operator, target = equations, values
+        columns = squares + kk.square().sum(1)[:, None]
+        if kk.shape[1] > kk.shape[2]:
+            basis, kk = torch.linalg.qr(kk)
+            operator, target = _operator(layer, w, seen, kk), torch.cat([z, (basis.mT @ sent).flatten()])[None]
+        lengths, weights = _lengths(layer, columns), weight.numel()
+        return cls(layer, equations, values, operator, target, weights, (w_scale, k_scale), lengths)
 
     def misfit(self, x: Tensor) -> Tensor:
-        """`target - A x` for an input `x`, shape `(1, rows)`."""
-        return self.target - self.operator.matvec(x.reshape(1, -1))
+        """What all equations leave over at an input `x`, shape `(1, rows)`."""
+        return self.values - self.equations.matvec(x.reshape(1, -1))
 
     def response(self, x: Tensor, units: Tensor, dz: Tensor, dk: Tensor) -> LinearOperator:
         """By how much the misfit at `x` falls if `t` times `dz` and `dk` is added to the outputs' `z` and `k`.
@@ -117,7 +113,36 @@ class LayerSystem:
                 t = t + dk * (rows @ patches).flatten()[units]
             return t[None]
 
-        return LinearOperator(matvec, rmatvec, (1, self.target.shape[1], len(units)), patches)
+        return LinearOperator(matvec, rmatvec, (1, self.values.shape[1], len(units)), patches)
+
+
+def _operator(layer: Affine, w: Tensor, seen: Tensor | None, kk: Tensor | None) -> LinearOperator:
+    """`x` to the products of its patches with `w` `(G, F, T)`, where `seen`, and with `kk` `(G, K, L)`."""
+    groups, filters, taps = w.shape
+    outputs = layer.outputs
+    rows = outputs + (0 if kk is None else groups * kk.shape[1] * taps)
+
+    def matvec(v: Tensor) -> Tensor:
+        patches = layer.patches(v)
+        parts = [w @ patches if seen is None else (w @ patches) * seen]
+        if kk is not None:
+            parts.append(kk @ patches.mT)
+        return torch.cat([part.flatten() for part in parts])[None]
+
+    def rmatvec(u: Tensor) -> Tensor:
+        z = u[0, :outputs].view(groups, filters, -1)
+        columns = w.mT @ (z if seen is None else z * seen)
+        if kk is not None:
+            columns = columns + u[0, outputs:].view(groups, -1, taps).mT @ kk
+        return layer.unpatches(columns).reshape(1, -1)
+
+    return LinearOperator(matvec, rmatvec, (1, rows, layer.unknowns), w)
+
+
+def _lengths(layer: Affine, squares: Tensor) -> Tensor:
+    """The columns' norms `(1, n)`, from what the patches' entries `(G, T, L)` add to their squares; 1 for no entry."""
+    lengths = layer.unpatches(squares).reshape(1, -1).sqrt()
+    return torch.where(lengths > 0, lengths, 1.0)
 
 
 def _unit_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from scipy.optimize import brentq
 from scipy.special import expit, lambertw
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import jvp
 
 Top = Callable[[Tensor, Tensor], Tensor]  # (the last layer's output (1, C), targets) -> loss
 
@@ -259,6 +259,9 @@ def _slopes(top: Top, points: list[Tensor], targets: Tensor) -> Tensor | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about shapes that the loss would broadcast
-            return torch.stack([grad(top)(z, targets)[0] for z in points])
+            outputs = torch.stack(points).requires_grad_(True)
+            with torch.enable_grad():
+                total = torch.stack([top(z, targets) for z in outputs]).sum()
+            return torch.autograd.grad(total, outputs)[0][:, 0]
     except Exception:  # a user's loss may raise anything on targets that are not its own
         return None

@@ -103,14 +103,15 @@ class LayerSolver:
         known: Tensor | None = None,
         sides: Sides | None = None,
         worst: float = 0.0,
+        start: Solved | None = None,
     ) -> Solved:
         """The layer's input, with doubtful units on the side that explains most and automatic damping.
 
         `sent`: the weight's gradient, `None` if it was not; `known`: which outputs are; `worst`: the largest relative
-        residual of the layers above.
+        residual of the layers above; `start`: `solve`'s answer, where it is at hand.
         """
         # A wrong side is found by the contradiction it causes, which damping would hide.
-        solved = self.solve(layer, weight, sent, z, k, known=known, damping=self.damping or 0.0)
+        solved = start or self.solve(layer, weight, sent, z, k, known=known, damping=self.damping or 0.0)
         if sides is not None:
             solved = self._on_better_sides(solved, sides, worst, weight, sent, known)
         if self.damping is not None:
@@ -147,8 +148,12 @@ class LayerSolver:
             "rank_bound": layer.rank_bound(gradients=system.gradient_constraints > 0, known=known),
             "hidden": hidden,
         }
-        x, solution = self._least_squares(system.operator, system.target, damping)
-        return Solved(x.reshape(layer.input_shape), z, k, system, row | solution)
+        # Columns of norm 1 save a quarter of the steps, and change nothing where there is one solution.
+        determined = damping == 0 and row["rank_bound"] == layer.unknowns
+        lengths = system.column_lengths if determined else None
+        x, solution = self._least_squares(system.operator, system.target, damping, lengths)
+        residual = _share(system.misfit(x), system.values)
+        return Solved(x.reshape(layer.input_shape), z, k, system, row | solution | {"residual": residual})
 
     def unpooled(self, pool: MeanPool, y: Tensor, known: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
         """The picture of least norm with the means `y` (where `known`, if that is given), and its row."""
@@ -164,8 +169,10 @@ class LayerSolver:
         means = int(seen.sum())
         row = {"layer": pool.name, "unknowns": pool.unknowns, "weight_constraints": means, "gradient_constraints": 0}
         row |= {"rank_bound": min(pool.unknowns, means), "hidden": pool.outputs - means}
-        x, solution = self._least_squares(operator, (y * seen).reshape(1, -1), 0.0)
-        return x.reshape(pool.input_shape), row | solution
+        target = (y * seen).reshape(1, -1)
+        x, solution = self._least_squares(operator, target, 0.0, None)
+        residual = _share(target - operator.matvec(x), target)
+        return x.reshape(pool.input_shape), row | solution | {"residual": residual}
 
     def _on_better_sides(
         self, solved: Solved, sides: Sides, worst: float, weight: Tensor, sent: Tensor | None, known: Tensor | None
@@ -210,20 +217,33 @@ class LayerSolver:
         misfit = solved.system.misfit(solved.x)
         return cgls(response, misfit, tolerance=1e-3, max_iterations=200).solution[0]
 
-    def _least_squares(self, operator: LinearOperator, target: Tensor, damping: float) -> tuple[Tensor, dict[str, Any]]:
-        """The solution, and what its row says about how it was found."""
-        solution = cgls(operator, target, damping=damping, tolerance=self.tolerance, max_iterations=self.max_iterations)
-        remainder = torch.linalg.vector_norm(operator.matvec(solution.solution) - target)
-        length = torch.linalg.vector_norm(target)
-        return solution.solution, {
-            "residual": float(remainder / length) if length > 0 else 0.0,
+    def _least_squares(
+        self, operator: LinearOperator, target: Tensor, damping: float, lengths: Tensor | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The solution, and what its row says about how it was found. `lengths`: the columns', to be scaled to 1."""
+        scaled = operator
+        if lengths is not None:
+            scaled = LinearOperator(
+                lambda v: operator.matvec(v / lengths),
+                lambda u: operator.rmatvec(u) / lengths,
+                operator.shape,
+                operator.like,
+            )
+        found = cgls(scaled, target, damping=damping, tolerance=self.tolerance, max_iterations=self.max_iterations)
+        return found.solution if lengths is None else found.solution / lengths, {
             "damping": damping,
-            "iterations": solution.iterations,
-            "solved": bool(solution.converged.all()),
+            "iterations": found.iterations,
+            "solved": bool(found.converged.all()),
             "outside": 0.0,
             "crossed": 0,
             "ambiguous": 0,
         }
+
+
+def _share(remainder: Tensor, of: Tensor) -> float:
+    """How long `remainder` is, relative to `of`."""
+    length = torch.linalg.vector_norm(of)
+    return float(torch.linalg.vector_norm(remainder) / length) if length > 0 else 0.0
 
 
 def natural_damping(solved: Solved) -> float:
