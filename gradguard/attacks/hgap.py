@@ -25,7 +25,7 @@ from gradguard.attacks.closed_form.rgap_descent import Descent
 from gradguard.attacks.closed_form.rgap_layer import LayerSolver, Solved
 from gradguard.attacks.closed_form.rgap_problem import Problem
 from gradguard.attacks.rgap import RGAP
-from gradguard.chain import Activation, Affine
+from gradguard.chain import Activation, Affine, Residual
 from gradguard.errors import InputError
 from gradguard.linalg import LinearOperator
 from gradguard.linalg.cgls import cgls
@@ -112,6 +112,8 @@ class HGAP(RGAP):
         """
         below = problem.chain.steps[: problem.chain.steps.index(layer) + 1]
         widest = max(math.prod(step.input_shape) for step in below)
+        if any(isinstance(step, Residual) for step in below):
+            return solved
         if widest > self.max_unknowns or not bool(solved.x.isfinite().all() & solved.k.isfinite().all()):
             return solved
         row, operator = solved.row, solved.system.operator

@@ -29,7 +29,8 @@ class RGAP(Attack):
 
     For chains of Linear, Conv2d, one-to-one activations, batch normalisation in eval mode, ReLU and average pooling
     (see `gradguard.chain`). ReLU hides the outputs that are not positive: a layer below one is solved from the outputs
-    that are, and its gradient. Average pooling hides all but the means, and mostly leaves the layers below short. It
+    that are, and its gradient. Average pooling hides all but the means, and mostly leaves the layers below short. A
+    residual block is separated by the gradient of its branch's last layer, if no ReLU follows the sum. The recursion
     starts at the lowest linear layer that has a bias, under any loss; without one at the last layer, under the binary
     logistic loss (`nn.BCEWithLogitsLoss`, `nn.SoftMarginLoss`) or softmax cross-entropy. Labels are recovered if not
     given.

@@ -8,7 +8,7 @@ A linear layer is the case `G = L = 1`. Values here are of one example, without 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,6 +78,11 @@ class Affine:
         filters = self.filters // self.groups
         free = (filters - min(filters, self.taps)) * (filters - min(filters, self.outputs // self.filters))
         return self.groups * (filters**2 - free)
+
+    def gradient_rank_bound(self) -> int:
+        """How many unknowns the weight's gradient alone can determine: each channel has its own equations."""
+        channels = self.input_shape[0]
+        return channels * min(self.unknowns // channels, self.filters // self.groups * math.prod(self.kernel))
 
     def rank_bound(self, *, gradients: bool = True, known: Tensor | None = None) -> int:
         """How many unknowns the constraints can at most determine. `gradients`: whether the weight's is sent.
@@ -295,7 +300,40 @@ class Sum:
     kind: str = "Sum"
 
 
-Step = Affine | Activation | Reshape | Tail | ChannelScale | MeanPool
+@dataclass(frozen=True, kw_only=True)
+class Residual:
+    """A residual block, `branch(x) + skip(x)`; an empty `skip` is the identity. Only where a `Chain` may have some."""
+
+    name: str
+    branch: tuple[Step, ...]
+    skip: tuple[Step, ...]
+    input_shape: Shape
+    output_shape: Shape
+    kind: str = "Residual"
+
+    def __call__(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The sum at `x`."""
+        return self.along(self.branch, x, parameters) + self.along(self.skip, x, parameters)
+
+    @property
+    def end(self) -> int:
+        """Where in `branch` its last layer is, if only scales and reshapes follow it; else -1."""
+        for index in reversed(range(len(self.branch))):
+            if isinstance(self.branch[index], Affine):
+                return index
+            if not isinstance(self.branch[index], ChannelScale | Reshape):
+                break
+        return -1
+
+    @staticmethod
+    def along(steps: Sequence[Step], x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The value of `steps` one after another."""
+        for step in steps:
+            x = step(x, parameters)
+        return x
+
+
+Step = Affine | Activation | Reshape | Tail | ChannelScale | MeanPool | Residual
 
 
 @dataclass(frozen=True)
@@ -312,8 +350,14 @@ class Chain:
 
     @property
     def layers(self) -> tuple[Affine, ...]:
-        """The layers with weights, first to last."""
-        return tuple(s for s in self.steps if isinstance(s, Affine))
+        """The layers with weights, first to last, those inside of residual blocks included."""
+        found: list[Affine] = []
+        for step in self.steps:
+            if isinstance(step, Affine):
+                found.append(step)
+            elif isinstance(step, Residual):
+                found += Chain(step.branch, step.input_shape).layers + Chain(step.skip, step.input_shape).layers
+        return tuple(found)
 
     def __call__(
         self, x: Tensor, parameters: Mapping[str, Tensor], *, start: int = 0, stop: int | None = None
@@ -328,7 +372,9 @@ class Chain:
 
         `partly`: let pass what hides some of its input and says where: ReLU, average pooling.
         """
-        for step in self.steps[:stop]:
+        for index, step in enumerate(self.steps[:stop]):
+            if isinstance(step, Residual):
+                _check_residual(step, self.steps[index + 1 : stop])
             if isinstance(step, MeanPool) and not partly:
                 raise UnsupportedModelError(
                     f"Module {step.name!r} ({step.kind}) averages, which loses part of its input. Use a convolution "
@@ -340,6 +386,26 @@ class Chain:
                     "does not follow from its value. Use LeakyReLU, ELU, Softplus, Sigmoid or Tanh there, or attack by "
                     "gradient matching."
                 )
+
+
+def _check_residual(block: Residual, above: Sequence[Step]) -> None:
+    """Raises `UnsupportedModelError` for a block that R-GAP cannot separate into its summands."""
+    if block.end < 0:
+        raise UnsupportedModelError(
+            f"The sum {block.name!r} cannot be separated: R-GAP finds a summand from the gradient of the layer that it "
+            "comes from, and this branch ends in something else. End it in Linear or Conv2d (with batch normalisation "
+            "in eval mode, if any), or attack by gradient matching."
+        )
+    for step in above:
+        if isinstance(step, Affine | Residual):
+            break
+        if isinstance(step, MeanPool) or (isinstance(step, Activation) and step.flat):
+            raise UnsupportedModelError(
+                f"{step.name!r} ({step.kind}) after the sum {block.name!r} hides part of it, which neither summand "
+                "brings back. R-GAP separates sums that are followed by a one-to-one activation or by none (blocks "
+                "with the activations first); attack other models by gradient matching."
+            )
+    Chain(block.skip, block.input_shape).check_invertible(len(block.skip))
 
 
 @dataclass(frozen=True)

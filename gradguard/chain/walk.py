@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from gradguard.chain import links
 from gradguard.chain.activation import Shape
+from gradguard.chain.residual import folded
 from gradguard.chain.steps import (
     Affine,
     Chain,
@@ -35,17 +36,18 @@ _WAY_OUT = (
 )
 
 
-def walk(gradient: LossGradient, input_shape: Sequence[int]) -> Chain:
+def walk(gradient: LossGradient, input_shape: Sequence[int], *, residual: bool = False) -> Chain:
     """The model of `gradient` as a chain of steps. Costs a symbolic trace and two forward passes of one example.
 
-    `input_shape`: of one example, without the batch dimension.
+    `input_shape`: of one example, without the batch dimension. `residual`: sums of two paths are links too, as
+    `Residual` steps.
     Raises `UnsupportedModelError` naming the module (or the call in a `forward`) that is not a link of a chain, and
     `InputError` if `input_shape` does not fit the model. Activations that are not one-to-one are links too; see
     `Chain.check_invertible`.
     """
-    walker = _Walker(gradient, _checked(input_shape), branches=False)
+    walker = _Walker(gradient, _checked(input_shape), branches=residual, maxima=False)
     steps = walker.steps()
-    chain = Chain(tuple(s for s in steps if not isinstance(s, MaxPool | Sum)), walker.input_shape)
+    chain = folded(Graph(steps, tuple(walker.sources), walker.input_shape))
     _check_same_function(gradient, chain)
     return chain
 
@@ -55,7 +57,7 @@ def walk_graph(gradient: LossGradient, input_shape: Sequence[int]) -> Graph:
 
     What the recursion cannot go through and a rank analysis can still speak about.
     """
-    walker = _Walker(gradient, _checked(input_shape), branches=True)
+    walker = _Walker(gradient, _checked(input_shape), branches=True, maxima=True)
     graph = Graph(walker.steps(), tuple(walker.sources), walker.input_shape)
     _check_same_function(gradient, graph)
     return graph
@@ -88,9 +90,9 @@ def _check_same_function(gradient: LossGradient, chain: Chain | Graph) -> None:
 class _Walker:
     """One pass over the traced graph. Values are tensors on the meta device, with a batch of two, or plain numbers."""
 
-    def __init__(self, gradient: LossGradient, input_shape: Shape, *, branches: bool) -> None:
+    def __init__(self, gradient: LossGradient, input_shape: Shape, *, branches: bool, maxima: bool) -> None:
         self.gradient = gradient
-        self.branches = branches
+        self.branches, self.maxima = branches, maxima
         self.model = gradient.model
         # A model that is one layer has no submodule to call; fx would trace into the layer itself.
         self.single = fx.Tracer().is_leaf_module(self.model, "")
@@ -195,7 +197,7 @@ class _Walker:
             return None
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             return self._channel_scale(node, name, module)
-        if kind in links.MEAN_MODULES or (self.branches and kind in links.MAX_MODULES):
+        if kind in links.MEAN_MODULES or (self.maxima and kind in links.MAX_MODULES):
             return self._pool(node, module)
         if kind in links.TAIL_MODULES:
             return self._tail(node, kind.__name__, links.TAIL_MODULES[kind], dim=module.dim)
@@ -214,7 +216,7 @@ class _Walker:
             return replace(activation, name=self._path(node), input_shape=self._shape)
         if target in links.TAIL_CALLS:
             return self._tail(node, _call_name(node), links.TAIL_CALLS[target], *node.args[1:], **node.kwargs)
-        if target in links.MEAN_CALLS or (self.branches and target in links.MAX_CALLS):
+        if target in links.MEAN_CALLS or (self.maxima and target in links.MAX_CALLS):
             return self._pool(node, self._call_alone(node))
         if target in (F.dropout, torch.dropout):
             options = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs

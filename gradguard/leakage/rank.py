@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gradguard.chain import Activation, Affine, ChannelScale, Graph, MaxPool, MeanPool, Sum, Tail, walk_graph
+from gradguard.chain import Activation, Affine, ChannelScale, Graph, MaxPool, MeanPool, Reshape, Sum, Tail, walk_graph
 from gradguard.errors import InputError
 from gradguard.gradients import Gradient, LossGradient
 from gradguard.leakage.constraint_rank import ConstraintRank, pool_rank
@@ -186,7 +186,8 @@ def rank_analysis(
     What the recursion cannot go through is let through on terms that favour the attacker, and noted: of ReLU and
     maximum pooling the zeros and the maxima's positions count as known, and the outputs that do not pass give no
     equation; of a sum (a residual block) both summands count as known, and of an activation with two branches (GELU)
-    the right one. R-GAP finds ReLU's zeros and GELU's branch, but no maxima and no summands: a layer in front of those
+    the right one. R-GAP finds ReLU's zeros and GELU's branch, but no maxima, and a summand only where the gradient of
+    the layer that it comes from gives that layer's input and nothing hides part of the sum: a layer in front of others
     is "optimisation only" at best. Batch normalisation is that of eval mode.
 
     Raises `UnsupportedModelError` for a model made of anything else (see `gradguard.chain`).
@@ -339,7 +340,8 @@ class _Place:
             index=index,
             hidden=bool(flat),
             passing=_passing(graph, index),
-            assumed=any(isinstance(s, Sum | MaxPool) for s in following),
+            assumed=any(isinstance(s, MaxPool) for s in following)
+            or (any(isinstance(s, Sum) for s in following) and not _separable(graph, index, trainable)),
             virtual=max(0, math.prod(step.input_shape) - min(widths)),
             earlier_gradients=sum(trainable[n].numel() for n in names if n in trainable),
             inputs=widths[0],
@@ -380,6 +382,25 @@ def _following(graph: Graph, index: int) -> list[Any]:
     if not reached:
         direct, reached = _until_layers(graph, index, sums=True)
     return direct if reached else []  # behind the last layer is nothing but the loss
+
+
+def _separable(graph: Graph, index: int, trainable: Gradient) -> bool:
+    """Whether R-GAP tells a layer's output from the other summand: `Chain.check_invertible` asks for the same."""
+    layer = graph.steps[index]
+    if not isinstance(layer, Affine) or layer.weight not in trainable:
+        return False
+    summed = False
+    while len(graph.consumers[index]) == 1:
+        (index,) = graph.consumers[index]
+        step = graph.steps[index]
+        if not summed and not isinstance(step, ChannelScale | Reshape | Sum):
+            return False
+        if summed and isinstance(step, Affine | Sum | Tail):
+            break
+        if isinstance(step, MeanPool | MaxPool) or (isinstance(step, Activation) and step.flat):
+            return False
+        summed = summed or isinstance(step, Sum)
+    return summed and layer.gradient_rank_bound() == layer.unknowns
 
 
 def _until_layers(graph: Graph, index: int, *, sums: bool) -> tuple[list[Any], bool]:

@@ -277,6 +277,152 @@ def test_average_pooling_leaves_its_input_short_and_the_attack_says_so(digit_pic
     assert not result.converged
 
 
+# ---------------------------------------------------------------------- residual blocks
+
+
+class Block(nn.Module):
+    """A residual block with the activations first, as in He et al. 2016 (arXiv 1603.05027)."""
+
+    def __init__(self, channels, out=None, stride=1, norm=True):
+        super().__init__()
+        out = out or channels
+        self.branch = nn.Sequential(
+            *([nn.BatchNorm2d(channels)] if norm else []),
+            nn.ReLU(),
+            nn.Conv2d(channels, out, 3, stride, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(out, out, 3, padding=1),
+            *([nn.BatchNorm2d(out)] if norm else []),
+        )
+        same = out == channels and stride == 1
+        self.skip = nn.Identity() if same else nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+
+    def forward(self, x):
+        return self.branch(x) + self.skip(x)
+
+
+def with_statistics(model):
+    """In eval mode, as if its batch normalisations had been trained."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+RESIDUAL = {
+    "identity": lambda: nn.Sequential(Block(12), Block(12), nn.Flatten(), nn.Linear(12 * 64, 10)),
+    "projection": lambda: nn.Sequential(Block(12), nn.Tanh(), Block(12, 16, 2), nn.Flatten(), nn.Linear(256, 10)),
+    "no normalisation": lambda: nn.Sequential(Block(12, norm=False), nn.ELU(), nn.Flatten(), nn.Linear(12 * 64, 10)),
+}
+
+
+@pytest.mark.parametrize("name", RESIDUAL)
+def test_residual_blocks_whose_last_layers_gradient_gives_its_input(name, digit_pictures):
+    x, y = digit_pictures.images[3:4], digit_pictures.labels[3:4]
+    stem = nn.Conv2d(1, 12, 3, padding=1)
+    model = with_statistics(seeded(lambda: nn.Sequential(stem, *RESIDUAL[name]())))
+    for dtype, least in ((torch.float64, 120), (torch.float32, 60)):
+        result = RGAP()(observe(model, CE, x, y, labels=False, dtype=dtype))
+        assert result.converged
+        assert psnr(result.inputs, x) > least
+        assert torch.equal(result.labels, y)
+    assert {row["hidden"] for row in result.details["layers"] if "branch" in row["layer"]} >= {12 * 64}
+
+
+def test_residual_blocks_of_linear_layers_without_biases(digit_pictures):
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branch = nn.Sequential(nn.Linear(70, 30, bias=False), nn.GELU(), nn.Linear(30, 70, bias=False))
+
+        def forward(self, x):
+            return x + self.branch(x)
+
+    x, y = digit_pictures.images[3:4], digit_pictures.labels[3:4]
+    first, head = nn.Linear(64, 70, bias=False), nn.Linear(70, 10, bias=False)
+    model = seeded(lambda: nn.Sequential(nn.Flatten(), first, Added(), nn.LeakyReLU(0.2), Added(), head))
+    result = RGAP()(observe(model, CE, x, y))
+    assert result.converged
+    assert psnr(result.inputs, x) > 120
+
+
+def test_a_branch_that_too_few_gradients_come_from_is_short(digit_pictures):
+    x, y = digit_pictures.images[3:4], digit_pictures.labels[3:4]
+    stem, head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(256, 10)
+    model = with_statistics(seeded(lambda: nn.Sequential(stem, Block(4), nn.Flatten(), head)))
+    result = RGAP()(observe(model, CE, x, y))
+    assert result.details["short"] == ["1.branch.4"]
+    row = result.details["layers"][0]
+    assert (row["unknowns"], row["rank_bound"]) == (256, 4 * 36)  # 4 x 9 equations for the 64 pixels of each channel
+    assert not result.converged
+
+
+def test_noise_on_residual_blocks_is_damped(digit_pictures):
+    x, y = digit_pictures.images[3:4], digit_pictures.labels[3:4]
+    stem = nn.Conv2d(1, 12, 3, padding=1)
+    model = with_statistics(seeded(lambda: nn.Sequential(stem, *RESIDUAL["identity"]())))
+    found = RGAP()(observe(model, CE, x, y, noise=1e-2))
+    bare = RGAP(damping=0.0)(observe(model, CE, x, y, noise=1e-2))
+    assert psnr(found.inputs, x) > psnr(bare.inputs, x) - 1
+    assert any(row["damping"] > 0 for row in found.details["layers"])
+
+
+class Doubled(nn.Module):
+    """Its first value goes into two sums."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        a = self.a(x)
+        return x + a + self.b(a)
+
+
+class Late(nn.Module):
+    """A branch that ends in an activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return x + torch.tanh(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("inside", "message"),
+    [
+        ([Block(4), nn.ReLU()], r"'2' \(ReLU\) after the sum '1\.add' hides part"),
+        ([Late()], r"sum '1\.add' cannot be separated.*ends in something else"),
+        ([Doubled()], r"'1\.a' \(Conv2d\) goes into more than one sum"),
+    ],
+    ids=["ReLU behind", "activation last", "two sums"],
+)
+def test_sums_that_cannot_be_separated_are_refused(inside, message, digit_pictures):
+    x, y = digit_pictures.images[3:4], digit_pictures.labels[3:4]
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *inside, nn.Flatten(), nn.Linear(256, 10)).eval()
+    with pytest.raises(UnsupportedModelError, match=message):
+        RGAP()(observe(model, CE, x, y))
+
+
+def test_a_frozen_branch_is_refused(digit_pictures):
+    x, y = digit_pictures.images[3:4], digit_pictures.labels[3:4]
+    block = Block(4, norm=False)
+    block.branch[-1].weight.requires_grad_(False)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), block, nn.Flatten(), nn.Linear(256, 10))
+    with pytest.raises(UnsupportedModelError, match=r"'1\.add' cannot be separated.*'1\.branch\.3'.*frozen"):
+        RGAP()(observe(model, CE, x, y))
+
+
+def test_a_model_that_ends_in_a_block_is_refused(digit_pictures):
+    x = digit_pictures.images[3:4]
+    model = nn.Sequential(Block(1, 4, norm=False), nn.Flatten())
+    with pytest.raises(UnsupportedModelError, match="starts at a linear layer behind the residual blocks"):
+        RGAP()(observe(model, CE, x, torch.tensor([3])))
+
+
 def test_relu_behind_average_pooling_hides_means(digit_pictures):
     x, y = digit_pictures.images[3:4], digit_pictures.labels[3:4]
     conv, pool = nn.Conv2d(1, 4, 3, padding=1), nn.AvgPool2d(2)

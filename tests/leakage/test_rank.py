@@ -323,6 +323,32 @@ def test_residual_blocks_are_analysed_and_the_sum_is_said_not_to_be_separated():
     assert rank_analysis(model, (3, 16, 16)).verdict == "optimisation only"
 
 
+class Block(nn.Module):
+    """A residual block with the activations first."""
+
+    def __init__(self, channels):
+        super().__init__()
+        layers = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)]
+        self.branch = nn.Sequential(nn.ReLU(), layers[0], nn.ReLU(), layers[1], nn.BatchNorm2d(channels))
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+@pytest.mark.parametrize(
+    ("channels", "between", "verdict"),
+    [(12, nn.Identity, "closed form"), (4, nn.Identity, "optimisation only"), (12, nn.ReLU, "optimisation only")],
+    ids=["more gradients than inputs", "fewer", "hidden by ReLU"],
+)
+def test_a_summand_that_the_gradient_gives_is_told_apart(channels, between, verdict):
+    blocks = [Block(channels), between(), Block(channels)]
+    model = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), *blocks, nn.Flatten(), nn.Linear(channels * 64, 10))
+    found = rank_analysis(model.eval(), (1, 8, 8))
+    rows = {row.name: row for row in found.layers}
+    assert rows["1.branch.3"].verdict == found.verdict == verdict
+    assert "part of a sum" in rows["1.branch.3"].note
+
+
 def test_scaled_sums_are_refused():
     class Scaled(nn.Module):
         def __init__(self):

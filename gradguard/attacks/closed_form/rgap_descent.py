@@ -11,8 +11,7 @@ from torch import Tensor
 from gradguard.attacks.closed_form.heads import Head
 from gradguard.attacks.closed_form.rgap_layer import EXACT, LayerSolver, Sides, Solved
 from gradguard.attacks.closed_form.rgap_problem import Problem
-from gradguard.chain import Activation, Affine, ChannelScale, MeanPool, Reshape
-from gradguard.chain.walk import Step
+from gradguard.chain import Activation, Affine, ChannelScale, MeanPool, Reshape, Residual, Step
 
 #: What is this many times the error away from a flat value is sure not to be it.
 _FLAT = 50
@@ -83,11 +82,30 @@ class Descent:
             self._sides = self._sides and self._sides.through(step, parameters)
         elif isinstance(step, Activation):
             self._pass_activation(step)
+        elif isinstance(step, Residual):
+            self._pass_residual(step)
         else:
             assert isinstance(step, Reshape)
             self.x, self.k = self.x.reshape(step.input_shape), self.k.reshape(step.input_shape)
             self._known = None if self._known is None else self._known.reshape(step.input_shape)
             self._sides = self._sides and self._sides.through(step, parameters)
+
+    def _pass_residual(self, block: Residual) -> None:
+        """The gradient of the branch's last layer gives that layer's input, hence the branch's value and the skip's."""
+        parameters, k = self.problem.parameters, self.k
+        layer, after = block.branch[block.end], block.branch[block.end + 1 :]
+        assert isinstance(layer, Affine), "others are refused before"
+        for step in reversed(after):
+            assert isinstance(step, ChannelScale | Reshape), "others are refused before"
+            k = k.reshape(step.input_shape) if isinstance(step, Reshape) else step.backward(k, parameters)
+        weight, sent = parameters[layer.weight], self.problem.sent[layer.weight]
+        solved = self.solver.from_gradient(layer, weight, sent, k)
+        self._add(solved.row)
+        k, self.x = self.k, self.x - block.along((layer, *after), solved.x, parameters)
+        for step in reversed(block.skip):
+            self._pass(step)
+        pull_back: Any = torch.func.vjp(lambda x: block.along(block.branch, x, parameters), self.x)[1]
+        self.k = self.k + pull_back(k)[0]
 
     def _pass_activation(self, step: Activation) -> None:
         margin = _FLAT * max(self.worst, EXACT) * float(self.x.square().mean().sqrt())

@@ -155,6 +155,30 @@ class LayerSolver:
         residual = _share(system.misfit(x), system.values)
         return Solved(x.reshape(layer.input_shape), z, k, system, row | solution | {"residual": residual})
 
+    def from_gradient(self, layer: Affine, weight: Tensor, sent: Tensor, k: Tensor) -> Solved:
+        """The layer's input from its weight's gradient alone, where its output is hidden in a sum."""
+        none = torch.zeros(layer.output_shape, dtype=torch.bool, device=k.device)
+        system = LayerSystem.of(layer, weight, k, torch.zeros_like(k), sent, none)
+        row = {
+            "layer": layer.name,
+            "unknowns": layer.unknowns,
+            "weight_constraints": 0,
+            "gradient_constraints": system.gradient_constraints,
+            "rank_bound": layer.gradient_rank_bound(),
+            "hidden": layer.outputs,
+        }
+        solved, damping = None, self.damping or 0.0
+        for _ in range(1 if self.damping is not None else 3):
+            lengths = system.column_lengths if damping == 0 and row["rank_bound"] == layer.unknowns else None
+            x, solution = self._least_squares(system.operator, system.target, damping, lengths)
+            residual = {"residual": _share(system.misfit(x), system.values)}
+            solved = Solved(x.reshape(layer.input_shape), k, k, system, row | solution | residual)
+            damping = natural_damping(solved)
+            if damping < _NO_DAMPING:
+                break
+        assert solved is not None, "there is a first round"
+        return solved
+
     def unpooled(self, pool: MeanPool, y: Tensor, known: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
         """The picture of least norm with the means `y` (where `known`, if that is given), and its row."""
         seen = torch.ones_like(y) if known is None else known.to(y.dtype)

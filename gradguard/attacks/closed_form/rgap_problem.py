@@ -24,7 +24,7 @@ from gradguard.attacks.closed_form.heads import (
     squared_error_heads,
     squared_error_targets,
 )
-from gradguard.chain import Affine, all_parameters, walk
+from gradguard.chain import Affine, Residual, all_parameters, walk
 from gradguard.errors import InputError, UnsupportedModelError
 
 #: A matching loss that only the truth reaches: the other candidates need not be tried. Gradients rounded to float32
@@ -55,16 +55,17 @@ class Problem:
         self.observation = observation.in_dtype(torch.float64)
         self.function = self.observation.loss_gradient
         self.sent = self.observation.sent
-        self.chain = walk(self.function, observation.input_shape)
+        self.chain = walk(self.function, observation.input_shape, residual=True)
         self.parameters = all_parameters(self.function)
         labels = self.observation.labels
         self.labels = None if labels is None else self.function.cast(labels)
-        self.last = self.chain.layers[-1]
+        self.last = self._last()
         self.start_index, self.kind = self._start()
         start = self.chain.steps[self.start_index]
         assert isinstance(start, Affine)
         self.start = start
         self.chain.check_invertible(self.start_index, partly=True)
+        self._check_branches()
 
     def top(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss as a function of the last layer's output, shape `(1, C)`."""
@@ -122,6 +123,28 @@ class Problem:
         features = self.chain(x, self.parameters, stop=self.chain.affine_indices[-1])
         k = self.sent[self.last.weight] @ features / features.square().sum()
         return recover_targets(self.top, k)
+
+    def _last(self) -> Affine:
+        """The last layer that is not inside of a residual block."""
+        if not self.chain.affine_indices:
+            raise UnsupportedModelError(
+                "R-GAP starts at a linear layer behind the residual blocks, and this model has none. Attack by "
+                "gradient matching."
+            )
+        layer = self.chain.steps[self.chain.affine_indices[-1]]
+        assert isinstance(layer, Affine)
+        return layer
+
+    def _check_branches(self) -> None:
+        """Raises `UnsupportedModelError` if a residual branch ends in a layer whose gradient is not sent."""
+        for block in self.chain.steps[: self.start_index]:
+            if isinstance(block, Residual):
+                layer = block.branch[block.end]
+                if isinstance(layer, Affine) and layer.weight not in self.sent:
+                    raise UnsupportedModelError(
+                        f"The sum {block.name!r} cannot be separated: the weight of {layer.name!r}, whose gradient "
+                        "would give this summand, is frozen. Attack by gradient matching."
+                    )
 
     def _start(self) -> tuple[int, str]:
         """The lowest linear layer with a bias: its input follows from its own gradient, so nothing above it matters."""
