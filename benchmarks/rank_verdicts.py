@@ -79,6 +79,25 @@ def convnet(
     return nn.Sequential(*layers, nn.Linear(width, classes))
 
 
+class ResidualBlock(nn.Module):
+    """A residual block with the activations first."""
+
+    def __init__(self, channels: int, act: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        first, last = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.branch = nn.Sequential(act(), first, act(), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+def residual(channels: int, act: Callable[[], nn.Module]) -> nn.Sequential:
+    """A convolution, two residual blocks and a linear head, on grey pictures."""
+    blocks = (ResidualBlock(channels, act) for _ in range(2))
+    stem = nn.Conv2d(1, channels, 3, padding=1)
+    return nn.Sequential(stem, *blocks, nn.Flatten(), nn.Linear(64 * channels, 10))
+
+
 @dataclass(frozen=True)
 class Case:
     """`make`: a new model at each call, of inputs of `shape`."""
@@ -111,6 +130,8 @@ CASES = (
     ),
     Case("stride 4", GREY, partial(convnet, GREY, (16, 3, 4, 1), (32, 3, 2, 1))),
     Case("stride 4, colour", COLOUR, partial(convnet, COLOUR, (12, 3, 4, 1), (24, 3, 1, 1))),
+    Case("residual blocks, 12 filters, ReLU", GREY, partial(residual, 12, nn.ReLU)),
+    Case("residual blocks, 4 filters, tanh", GREY, partial(residual, 4, nn.Tanh)),
     Case("narrow first layer, colour", COLOUR, partial(convnet, COLOUR, (3, 4, 4, 2), (36, 3, 2, 1), act=leaky)),
 )
 
