@@ -88,6 +88,7 @@ class ResidualBlock(nn.Module):
         self.branch = nn.Sequential(act(), first, act(), last)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The sum."""
         return x + self.branch(x)
 
 
