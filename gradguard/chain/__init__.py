@@ -6,11 +6,10 @@ the module that breaks it. Source: Zhu & Blaschko 2021 (arXiv 2010.07733), secti
 """
 
 from gradguard.chain.activation import Activation, Shape
+from gradguard.chain.sequence import Chain, Graph, all_parameters
 from gradguard.chain.steps import (
     Affine,
-    Chain,
     ChannelScale,
-    Graph,
     MaxPool,
     MeanPool,
     Reshape,
@@ -18,7 +17,6 @@ from gradguard.chain.steps import (
     Step,
     Sum,
     Tail,
-    all_parameters,
 )
 from gradguard.chain.system import LayerSystem, few_threads
 from gradguard.chain.walk import walk, walk_graph

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from gradguard.chain.steps import Affine, Chain, Graph, MaxPool, Residual, Step, Sum
+from gradguard.chain.sequence import Chain, Graph
+from gradguard.chain.steps import Affine, MaxPool, Residual, Step, Sum
 from gradguard.errors import UnsupportedModelError
 
 

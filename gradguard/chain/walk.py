@@ -14,18 +14,16 @@ from torch import Tensor, fx, nn
 from gradguard.chain import links
 from gradguard.chain.activation import Shape
 from gradguard.chain.residual import folded
+from gradguard.chain.sequence import Chain, Graph, all_parameters
 from gradguard.chain.steps import (
     Affine,
-    Chain,
     ChannelScale,
-    Graph,
     MaxPool,
     MeanPool,
     Reshape,
     Step,
     Sum,
     Tail,
-    all_parameters,
 )
 from gradguard.errors import InputError, UnsupportedModelError
 from gradguard.gradients import LossGradient
