@@ -466,6 +466,19 @@ REFUSED = {
 }
 
 
+def test_a_change_since_the_last_walk_is_seen():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(32, 2)).double()
+    gradient, x = LossGradient(model, nn.MSELoss()), random(1, 6, 6)
+    first = walk(gradient, (1, 6, 6))
+    assert walk(gradient, (1, 6, 6)) is first
+    model[1].negative_slope = 0.7
+    second = walk(gradient, (1, 6, 6))
+    assert torch.allclose(second(x, dict(model.state_dict())), model(x[None])[0], atol=1e-12)
+    model[3].register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(UnsupportedModelError, match="forward hook"):
+        walk(gradient, (1, 6, 6))
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals_name_the_place_and_the_reason(name):
     model, shape, message = REFUSED[name]

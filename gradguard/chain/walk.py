@@ -27,6 +27,7 @@ from gradguard.chain.steps import (
 )
 from gradguard.errors import InputError, UnsupportedModelError
 from gradguard.gradients import LossGradient
+from gradguard.remembered import remembered
 
 _WAY_OUT = (
     "R-GAP walks Linear, Conv2d, elementwise activations, batch normalisation in eval mode, average pooling and "
@@ -43,10 +44,18 @@ def walk(gradient: LossGradient, input_shape: Sequence[int], *, residual: bool =
     `InputError` if `input_shape` does not fit the model. Activations that are not one-to-one are links too; see
     `Chain.check_invertible`.
     """
-    walker = _Walker(gradient, _checked(input_shape), branches=residual, maxima=False)
-    steps = walker.steps()
-    chain = folded(Graph(steps, tuple(walker.sources), walker.input_shape))
-    _check_same_function(gradient, chain)
+    shape = _checked(input_shape)
+
+    def find() -> Chain:
+        walker = _Walker(gradient, shape, branches=residual, maxima=False)
+        return folded(Graph(walker.steps(), tuple(walker.sources), shape))
+
+    chain = remembered(gradient, ("chain", shape, residual), find)
+    try:
+        _check_same_function(gradient, chain)
+    except UnsupportedModelError:
+        chain = find()  # a module's attribute may have been changed since
+        _check_same_function(gradient, chain)
     return chain
 
 

@@ -253,7 +253,14 @@ class LayerSolver:
                 operator.shape,
                 operator.like,
             )
-        found = cgls(scaled, target, damping=damping, tolerance=self.tolerance, max_iterations=self.max_iterations)
+        found = cgls(
+            scaled,
+            target,
+            damping=damping,
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
+            check_every=5,
+        )
         return found.solution if lengths is None else found.solution / lengths, {
             "damping": damping,
             "iterations": found.iterations,
