@@ -124,16 +124,17 @@ def _operator(layer: Affine, w: Tensor, seen: Tensor | None, kk: Tensor | None) 
 
     def matvec(v: Tensor) -> Tensor:
         patches = layer.patches(v)
-        parts = [w @ patches if seen is None else (w @ patches) * seen]
+        z = torch.bmm(w, patches)
+        parts = [z if seen is None else z * seen]
         if kk is not None:
-            parts.append(kk @ patches.mT)
+            parts.append(torch.bmm(kk, patches.mT))
         return torch.cat([part.flatten() for part in parts])[None]
 
     def rmatvec(u: Tensor) -> Tensor:
         z = u[0, :outputs].view(groups, filters, -1)
-        columns = w.mT @ (z if seen is None else z * seen)
+        columns = torch.bmm(w.mT, z if seen is None else z * seen)
         if kk is not None:
-            columns = columns + u[0, outputs:].view(groups, -1, taps).mT @ kk
+            columns = columns.baddbmm_(u[0, outputs:].view(groups, -1, taps).mT, kk)
         return layer.unpatches(columns).reshape(1, -1)
 
     return LinearOperator(matvec, rmatvec, (1, rows, layer.unknowns), w)

@@ -19,14 +19,17 @@ def cgls(
     b: Tensor,
     *,
     damping: float | Tensor = 0.0,
+    column_lengths: Tensor | None = None,
     tolerance: float | None = None,
     max_iterations: int | None = None,
     check_every: int = 10,
 ) -> LeastSquares:
     """Minimise `|A x - b|^2 + damping^2 |x|^2`; without damping the solution of least norm.
 
-    `b`: shape `(R, m)`. `damping`: a number or `(R,)`. `tolerance`: stop when `|A^T (b - A x) - damping^2 x|` is below
-    `tolerance * |A^T b|`, or `|b - A x|` below `tolerance * |b|` (default: 10 times the dtype's rounding).
+    `b`: shape `(R, m)`. `damping`: a number or `(R,)`. `column_lengths`: `(R, n)`, positive, those of `A`: the columns
+    are divided by them first, so that norms and the damping are those of `column_lengths * x`. `tolerance`: stop when
+    `|A^T (b - A x) - damping^2 x|` is below `tolerance * |A^T b|`, or `|b - A x|` below `tolerance * |b|` (default: 10
+    times the dtype's rounding).
     `max_iterations`: default `4 n`; running out is reported in `converged`, never raised. The result's `residual` is
     the smaller of the two ratios.
     """
@@ -36,8 +39,11 @@ def cgls(
 
     x = torch.zeros(rows, n, dtype=operator.dtype, device=operator.device)
     r = b.clone()
+    metric = None if column_lengths is None else column_lengths.square()
+    inverse = None if metric is None else metric.reciprocal()
     s = operator.rmatvec(r)
-    p, gamma = s, (s * s).sum(-1, keepdim=True)
+    p = s if inverse is None else s * inverse
+    gamma = (s * p).sum(-1, keepdim=True)
     # What is divided by below is zero only with what is divided.
     tiny = torch.finfo(operator.dtype).tiny
     by_first, by_b = safe_inverse(gamma[:, 0].sqrt()), safe_inverse(torch.linalg.vector_norm(b, dim=-1))
@@ -53,7 +59,8 @@ def cgls(
             q = operator.matvec(p)
             curvature = (q * q).sum(-1, keepdim=True)
             if damped:
-                curvature = curvature + squared_damping * (p * p).sum(-1, keepdim=True)
+                length = p * p if metric is None else p * p * metric
+                curvature = curvature + squared_damping * length.sum(-1, keepdim=True)
             step = gamma / curvature.clamp_min_(tiny)
             if active is not None:
                 step = step * active
@@ -61,9 +68,10 @@ def cgls(
             r.addcmul_(step, q, value=-1.0)
             s = operator.rmatvec(r)
             if damped:
-                s = s - squared_damping * x
-            following = (s * s).sum(-1, keepdim=True)
-            p = torch.addcmul(s, following / gamma.clamp_min_(tiny), p)
+                s = s - squared_damping * (x if metric is None else metric * x)
+            z = s if inverse is None else s * inverse
+            following = (s * z).sum(-1, keepdim=True)
+            p = torch.addcmul(z, following / gamma.clamp_min_(tiny), p)
             gamma = following
         consistent = torch.linalg.vector_norm(r, dim=-1) * by_b
         now = torch.minimum(gamma[:, 0].sqrt() * by_first, consistent)

@@ -34,6 +34,17 @@ def test_damping_is_per_problem_and_that_of_the_normal_equations():
     assert torch.allclose(found.solution, torch.linalg.solve(normal, (matrix.mT @ b[..., None])[..., 0]), atol=1e-10)
 
 
+@pytest.mark.parametrize("damping", [0.0, 0.7])
+def test_with_column_lengths_it_is_the_problem_with_columns_of_norm_1(damping):
+    matrix, b = problems()
+    matrix = matrix * torch.logspace(-3, 3, 12, dtype=torch.float64)
+    lengths = matrix.norm(dim=1)
+    found = cgls(LinearOperator.from_matrix(matrix), b, damping=damping, column_lengths=lengths)
+    scaled = cgls(LinearOperator.from_matrix(matrix / lengths[:, None]), b, damping=damping)
+    assert found.iterations == scaled.iterations <= 20
+    assert torch.allclose(found.solution * lengths, scaled.solution, atol=1e-10)
+
+
 def test_problems_of_different_difficulty_do_not_disturb_each_other():
     matrix, b = problems()
     matrix[1] = torch.eye(30, 12, dtype=torch.float64)  # ends after one step

@@ -245,24 +245,17 @@ class LayerSolver:
         self, operator: LinearOperator, target: Tensor, damping: float, lengths: Tensor | None
     ) -> tuple[Tensor, dict[str, Any]]:
         """The solution, and what its row says about how it was found. `lengths`: the columns', to be scaled to 1."""
-        scaled = operator
-        if lengths is not None:
-            scaled = LinearOperator(
-                lambda v: operator.matvec(v / lengths),
-                lambda u: operator.rmatvec(u) / lengths,
-                operator.shape,
-                operator.like,
-            )
         with torch.inference_mode():  # a thousand small steps: what autograd keeps of tensors is a tenth of their time
             found = cgls(
-                scaled,
+                operator,
                 target,
                 damping=damping,
+                column_lengths=lengths,
                 tolerance=self.tolerance,
                 max_iterations=self.max_iterations,
                 check_every=5,
             )
-        return found.solution / (1.0 if lengths is None else lengths), {
+        return found.solution.clone(), {
             "damping": damping,
             "iterations": found.iterations,
             "solved": bool(found.converged.all()),
