@@ -178,7 +178,8 @@ class InputJacobian:
                     )
         if self.is_bilinear:
             rows = {n: d[None] if shared else d for n, d in delta.items()}
-            parts = [point.matvec(rows if shared else _rows(rows, part)) for part, point in self._points()]
+            points, then = self._points(), self._is_kept
+            parts = [point.matvec(rows if shared else _rows(rows, part), then=then) for part, point in points]
             return torch.cat(parts).reshape(self.inputs.shape)
         product = vmap(self._matvec_one, in_dims=(0, 0, None if shared else 0), chunk_size=self.chunk_size)
         return product(self._inputs, self._targets, delta).reshape(self.inputs.shape)
@@ -258,13 +259,18 @@ class InputJacobian:
 
     def _points(self) -> Iterator[tuple[slice, Linearisation]]:
         """The problems, `chunk_size` at a time, each with its linearisation; kept only where there is one chunk."""
-        size = self.chunk_size or self.num_problems
-        if size >= self.num_problems:
+        if self._is_kept:
             yield slice(None), self._linearisation
-        else:
-            for start in range(0, self.num_problems, size):
-                part = slice(start, start + size)
-                yield part, self._linearised(part)
+            return
+        assert self.chunk_size is not None, "else there is one chunk"
+        for start in range(0, self.num_problems, self.chunk_size):
+            part = slice(start, start + self.chunk_size)
+            yield part, self._linearised(part)
+
+    @property
+    def _is_kept(self) -> bool:
+        """Whether one linearisation serves all problems, so that it is kept for the next product."""
+        return self.chunk_size is None or self.chunk_size >= self.num_problems
 
     @cached_property
     def _linearisation(self) -> Linearisation:

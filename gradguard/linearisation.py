@@ -65,19 +65,18 @@ class Linearisation:
             values = [value for (_, a, _), k in zip(used, signals, strict=True) for value in (a, k)]
             self._moving = [i for i, value in enumerate(values) if value.requires_grad]
             self._values = [values[i] for i in self._moving]
-            # The transpose as a function of its arguments: linear, so its own transpose gives the tangents.
-            self._arguments = [v.new_zeros(()).expand(v.shape).requires_grad_(True) for v in self._values]
-            self._pulled: Tensor | None = None
+            # The transpose and its arguments. It is linear in them, so its own transpose gives the tangents.
+            self._pulled: tuple[Tensor, list[Tensor]] | None = None
 
     # ------------------------------------------------------------------ the two linear maps
 
     def tangents(self, u: Tensor) -> list[tuple[Tensor, Tensor]]:
         """How operands and signals move when the inputs move by `u` `(R, n, *input_shape)`: `(da, dk)` per call."""
         if self._pulled is None:
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                (self._pulled,) = torch.autograd.grad(self._values, self._x, self._arguments, create_graph=True)
+            self._pulled = self._graph_of_pull_back([v.new_zeros(()).expand(v.shape) for v in self._values])
+        pulled, arguments = self._pulled
         found = torch.autograd.grad(
-            self._pulled, self._arguments, u.reshape(self._x.shape), retain_graph=True, materialize_grads=True
+            pulled, arguments, u.reshape(self._x.shape), retain_graph=True, materialize_grads=True
         )
         moved = dict(zip(self._moving, found, strict=True))
         return [
@@ -92,6 +91,13 @@ class Linearisation:
         """The transpose of `tangents`: `(R, n, *input_shape)`."""
         (found,) = torch.autograd.grad(self._values, self._x, self._chosen(cotangents), retain_graph=True)
         return found.reshape(self.shape)
+
+    def _graph_of_pull_back(self, cotangents: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The transpose at `cotangents`, as a graph, and its arguments."""
+        arguments = [c.detach().requires_grad_(True) for c in cotangents]
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            (pulled,) = torch.autograd.grad(self._values, self._x, arguments, create_graph=True)
+        return pulled, arguments
 
     def _chosen(self, cotangents: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Those of the values that move."""
@@ -110,8 +116,14 @@ class Linearisation:
         parts = [(call.layer.change(call.a, call.k, da, dk, self.problems), dk) for call, (da, dk) in moved]
         return self._sum({n: p.new_zeros(self.problems, *p.shape) for n, p in self.parameters.items()}, parts)
 
-    def matvec(self, delta: Mapping[str, Tensor]) -> Tensor:
-        """`J_r delta_r` (`R` or one row per parameter: `(R, *parameter_shape)`): `(R, n, *input_shape)`."""
+    def matvec(self, delta: Mapping[str, Tensor], *, then: bool = False) -> Tensor:
+        """`J_r delta_r` (`R` or one row per parameter: `(R, *parameter_shape)`): `(R, n, *input_shape)`.
+
+        `then`: other products follow, whose graph is made on the way.
+        """
+        if then and self._pulled is None:
+            self._pulled = self._graph_of_pull_back(self._chosen(self._cotangents(delta)))
+            return self._pulled[0].detach().reshape(self.shape)
         return self.pull_back(self._cotangents(delta))
 
     def matvec_with_targets(self, delta: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:

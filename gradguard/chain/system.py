@@ -157,8 +157,8 @@ def _unit_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def few_threads(layers: Sequence[Affine]) -> Iterator[None]:
     """One CPU thread while the systems of small layers are solved; the caller's number is put back.
 
-    A solve is a thousand products of some microseconds to milliseconds each. CNN6 takes 0.3 s on one thread and 0.5 s
-    on two; where other processes keep the cores busy, threads wait for each other at every product: 40 s.
+    A solve is a thousand products of some microseconds to milliseconds each. CNN6 takes 0.15 s on one thread, and no
+    less on two; where other processes keep the cores busy, threads wait for each other at every product: 40 s.
     """
     small = max(layer.num_weights * (layer.outputs // layer.filters) for layer in layers) < _SMALL
     with one_thread() if small else nullcontext():
