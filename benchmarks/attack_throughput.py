@@ -2,9 +2,10 @@
 
 DLG with known labels on the paper's LeNet (sigmoid, uniform weights), MNIST pictures, four restarts each. The plain
 form is what most code does: `torch.optim.LBFGS` with a strong Wolfe search on one trial, derivatives by a double
-backward pass, one trial after the other, the picture done when a trial reaches the target. Both compute in float32,
-from the same starts, stop at the same matching loss or after as many evaluations, and keep the trial with the lowest
-matching loss; PSNR of both is beside the times. Then ours with its polish, which takes the pictures to the precision of
+backward pass, one trial after the other, all restarts of each picture; and the same with a picture done when a trial
+reaches the target, as ours has it. All compute in float32, from the same starts, and keep the trial with the lowest
+matching loss; a trial ends after as many evaluations in all, or at a target, which the plain form overshoots, so that
+ours has a lower one; PSNR is beside the times. Then ours with its polish, which takes the pictures to the precision of
 the sent gradient.
 """
 
@@ -26,8 +27,12 @@ from gradguard.leakage import fidelity
 from gradguard.models import lenet, uniform_init_
 
 RESTARTS = 4
-#: Relative squared matching loss at which a picture counts as found: about 40 dB on this network.
+#: Relative squared matching loss at which a trial ends: about 40 dB on this network.
 TARGET = 1e-7
+#: Ours, where a trial ends as soon as it is there. The plain form looks once in ten steps, and keeps the best of four.
+OUR_TARGET = 5e-8
+#: The plain loop's ways with restarts, and whether it leaves out those after a match.
+PLAIN = {"all restarts": False, "restarts until a match": True}
 
 
 class UntilTarget(DLG):
@@ -35,8 +40,8 @@ class UntilTarget(DLG):
 
     @property
     def target(self) -> float:
-        """The same for both."""
-        return TARGET
+        """Where the plain form is when it ends."""
+        return OUR_TARGET
 
 
 def main() -> None:
@@ -49,25 +54,29 @@ def main() -> None:
     ours.attack_all(observations[:1], generator=generator(options))  # the first call finds the fast path
 
     rows: list[dict[str, Any]] = []
-    repeats = 1 if options.quick else 3
-    ratios = []
-    for repeat in range(repeats):
+    ratios: dict[str, list[float]] = {name: [] for name in PLAIN}
+    for repeat in range(1 if options.quick else 3):
         found, fast = seconds(partial(together, ours, observations, generator(options, repeat)), device=options.device)
-        drawn = generator(options, repeat)
-        plain, slow = seconds(partial(one_by_one, observations, evaluations, drawn), device=options.device)
-        ratios.append(slow / fast)
         if repeat == 0:
             rows.append(row("all trials together", found, pictures, fast))
-            rows.append(row("one trial at a time", plain, pictures, slow))
+        for name, until_match in PLAIN.items():
+            attack = partial(one_by_one, observations, evaluations, generator(options, repeat), until_match)
+            plain, slow = seconds(attack, device=options.device)
+            ratios[name].append(slow / fast)
+            if repeat == 0:
+                rows.append(row(f"one trial at a time, {name}", plain, pictures, slow))
     found, elapsed = seconds(partial(together, polished, observations, generator(options)), device=options.device)
     rows.append(row("all together, float64, polished", found, pictures, elapsed))
     memory = peak_memory(partial(together, ours, observations, generator(options)), device=options.device)
     target = 20.0 if options.device.type == "cuda" else 5.0
     gap = rows[0]["psnr_median"] - rows[1]["psnr_median"]
     bars = [
-        Bar("pictures per second, times the plain loop's", statistics.median(ratios), target, "at least"),
+        *(
+            Bar(f"pictures per second, times the plain loop's over {name}", statistics.median(each), target, "at least")
+            for name, each in ratios.items()
+        ),
         Bar("median PSNR less the plain loop's (dB)", gap, -0.5, "at least"),
-        Bar("median PSNR after the polish (dB)", rows[2]["psnr_median"], 120.0, "at least"),
+        Bar("median PSNR after the polish (dB)", rows[-1]["psnr_median"], 120.0, "at least"),
     ]
     figures = {"throughput": rows, "peak_mebibytes": memory, "pictures": count, "restarts": RESTARTS, "ratios": ratios}
     finish(options, figures=figures, bars=bars, tables=[rows_table(f"{count} pictures, {RESTARTS} restarts", rows)])
@@ -102,7 +111,9 @@ def together(attack: DLG, observations: list[Observation], drawn: torch.Generato
     return [x for x in found if x is not None]
 
 
-def one_by_one(observations: list[Observation], evaluations: int, drawn: torch.Generator) -> list[Tensor]:
+def one_by_one(
+    observations: list[Observation], evaluations: int, drawn: torch.Generator, until_match: bool
+) -> list[Tensor]:
     """The plain form; the starts are those of the form that takes all together."""
     found = []
     for seen in observations:
@@ -113,7 +124,7 @@ def one_by_one(observations: list[Observation], evaluations: int, drawn: torch.G
             x, loss = plain_dlg(seen, start, evaluations)
             if loss < lowest:
                 best, lowest = x, loss
-            if lowest <= TARGET:
+            if until_match and lowest <= TARGET:
                 break
         found.append(best)
     return found

@@ -7,6 +7,7 @@ trials the one with the lowest matching loss is kept. The truth is never looked 
 
 from __future__ import annotations
 
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -52,12 +53,15 @@ class MatchingAttack(Attack):
         units of a quarter of the value range around its middle where inputs are boxed; uniform ones in the range
         ("uniform"); or its middle ("grey").
     `max_seconds`: wall clock, looked at between evaluations; what was found until then is returned.
+    `at_once`: trials that advance together, at most; the next begin as others end, and none of a picture that has been
+        found (default: all on a GPU, and where no objective counts as matched; else as many as pictures, and four at
+        least: on a CPU trials take each other's time).
     `chunk_size`: trials per gradient evaluation, a bound on memory. `dtype`: what the search computes in; the polish is
         in float64 (where the device has it).
 
-    `details`: `evaluations` of each trial at most, `trial_losses` (relative squared matching loss), `trial` (which was
-    kept), `restarted` (trials that met nothing finite and started anew), `stopped` ("matched", "ended", "budget" or
-    "time"), and `polish_iterations`.
+    `details`: `evaluations` of each trial at most, `trial_losses` (relative squared matching loss, infinite for trials
+    that did not begin), `trial` (which was kept), `restarted` (trials that met nothing finite and started anew),
+    `stopped` ("matched", "ended", "budget" or "time"), and `polish_iterations`.
     """
 
     takes_local_training: ClassVar[bool] = True
@@ -68,6 +72,7 @@ class MatchingAttack(Attack):
     boxed: bool = False
     start_from: Literal["normal", "uniform", "grey"] = "normal"
     max_seconds: float | None = None
+    at_once: int | None = None
     chunk_size: int | None = None
     dtype: torch.dtype = torch.float64
 
@@ -80,7 +85,7 @@ class MatchingAttack(Attack):
             raise InputError(f'`labels` must be "inferred", "joint" or "shared", got {self.labels!r}.')
         if self.start_from not in ("normal", "uniform", "grey"):
             raise InputError(f'`start_from` must be "normal", "uniform" or "grey", got {self.start_from!r}.')
-        for name in ("max_seconds", "chunk_size"):
+        for name in ("max_seconds", "at_once", "chunk_size"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"`{name}` must be positive or None, got {value}.")
@@ -195,7 +200,8 @@ class MatchingAttack(Attack):
         if checkpoint is not None:
             run.checkpoint = Checkpoint(Path(checkpoint), self, trials)
             run.resume()
-        with progress_bar(self.name, self.optimiser.evaluations, progress) as bar:
+        rounds = math.ceil(len(run.points) / run.at_once)
+        with progress_bar(self.name, rounds * self.optimiser.evaluations, progress) as bar:
             run.search(bar)
         results = self._results(run, observations)
         if run.checkpoint is not None:
@@ -231,7 +237,12 @@ class MatchingAttack(Attack):
         rows = torch.arange(len(run.points), device=run.points.device)
         inputs, labels = trials.inputs(run.points), trials.hard_labels(run.points, rows)
         losses = trials.matching_losses(inputs, labels, rows).nan_to_num(nan=float("inf"))
-        details: dict[str, Any] = {"evaluations": run.tick, "restarted": run.restarted, "stopped": run.stopped}
+        losses = losses.where(run.spent.to(losses.device) > 0, float("inf"))
+        details: dict[str, Any] = {
+            "evaluations": int(run.spent.max()),
+            "restarted": run.restarted,
+            "stopped": run.stopped,
+        }
         if self.polish:
             inputs, losses, details["polish_iterations"] = self._polished(trials, inputs, labels, losses)
         results = []
@@ -263,7 +274,7 @@ class MatchingAttack(Attack):
         rest = torch.ones_like(losses, dtype=torch.bool).index_fill_(0, first, False)
         for rows in (first, torch.nonzero(rest).flatten()):
             unmatched = losses.unflatten(0, (-1, self.restarts)).amin(1) > FOUND
-            rows = rows[unmatched[trials.picture[rows]]]
+            rows = rows[unmatched[trials.picture[rows]] & torch.isfinite(losses[rows])]
             if not len(rows):
                 continue
             polished = levenberg_marquardt(

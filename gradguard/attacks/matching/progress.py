@@ -69,7 +69,8 @@ class Checkpoint:
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118  # it is no dictionary
+                # A copy lies where torch would put it: the last bit of a product can depend on the alignment.
+                tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118  # it is no dictionary
         except safetensors.SafetensorError as error:
             raise InputError(f"{str(self.path)!r} is no checkpoint of an attack ({error}).") from error
         if metadata.get("fingerprint") != self.fingerprint:

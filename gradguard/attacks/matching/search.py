@@ -52,6 +52,12 @@ class Search(ABC):
         for name, value in tensors.items():
             setattr(self, name, value.to(own[name]))
 
+    def extend(self, other: Search) -> None:
+        """Take the trials of `other`, a search of the same kind, behind the own ones."""
+        theirs = other.tensors()
+        for name, value in self.tensors().items():
+            setattr(self, name, torch.cat([value, theirs[name]]))
+
     def select(self, rows: Tensor) -> None:
         """Keep the trials `rows` (indices) only."""
         for name, value in self.tensors().items():

@@ -66,6 +66,28 @@ def test_found_pictures_leave_the_batch(observations, batch):
         assert psnr(result.inputs, picture[None]) > 100
 
 
+@pytest.mark.parametrize("evaluations", [25, 30])
+def test_trials_wait_for_others_to_end(observations, evaluations):
+    attack = DLG(restarts=3, evaluations=evaluations, polish=0, at_once=9)
+    expected = attack.attack_all(observations, generator=gen())
+    found = replace(attack, at_once=2).attack_all(observations, generator=gen())
+    for one, other in zip(found, expected, strict=True):
+        assert one.details["evaluations"] == evaluations
+        assert one.details["trial_losses"] == pytest.approx(other.details["trial_losses"], rel=1e-3)
+        torch.testing.assert_close(one.inputs, other.inputs, rtol=1e-4, atol=1e-5)
+
+
+def test_what_waits_for_a_found_picture_does_not_begin(observations, batch):
+    found = DLG(restarts=6, at_once=3).attack_all(observations, generator=gen())
+    for result, picture in zip(found, batch[0], strict=False):
+        assert result.details["stopped"] == "matched"
+        assert psnr(result.inputs, picture[None]) > 100
+        # As many as pictures begin, and those that the first to end made room for.
+        begun = torch.isfinite(torch.tensor(result.details["trial_losses"]))
+        assert begun[0]
+        assert not begun.all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -138,7 +160,13 @@ def stop_after(monkeypatch, saves):
 
 
 @pytest.mark.parametrize(
-    "attack", [DLG(restarts=3, evaluations=60, polish=0), InvertingGradients(restarts=3, iterations=60)], ids=repr
+    "attack",
+    [
+        DLG(restarts=3, evaluations=60, polish=0),
+        DLG(restarts=3, evaluations=25, polish=0, at_once=2),
+        InvertingGradients(restarts=3, iterations=60),
+    ],
+    ids=repr,
 )
 def test_an_interrupted_attack_ends_as_it_would_have(tmp_path, monkeypatch, observations, attack):
     expected = attack.attack_all(observations, generator=gen())
@@ -193,6 +221,7 @@ def test_progress_shows_the_best_value(observations, capsys):
     ("options", "message"),
     [
         ({"max_seconds": 0.0}, "`max_seconds` must be positive or None, got 0.0"),
+        ({"at_once": 0}, "`at_once` must be positive or None, got 0"),
         ({"chunk_size": -1}, "`chunk_size` must be positive or None, got -1"),
         ({"start_from": "black"}, '`start_from` must be "normal", "uniform" or "grey"'),
     ],
