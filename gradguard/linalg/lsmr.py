@@ -34,6 +34,7 @@ def lsmr(
     *,
     damping: float | Tensor = 0.0,
     tolerance: float | None = None,
+    reduction: float | Tensor = 0.0,
     max_iterations: int | None = None,
     reorthogonalise: bool = True,
     check_every: int = 10,
@@ -41,7 +42,8 @@ def lsmr(
     """Minimise `|A x - b|^2 + damping^2 |x|^2`; without damping the solution of least norm.
 
     `b`: shape `(R, m)`. `damping`: a number or `(R,)`. `tolerance`: on the residual of `LeastSquares`
-    (default: 100 times the dtype's rounding). `max_iterations`: default `2 n`.
+    (default: 100 times the dtype's rounding). `reduction`: a number or `(R,)`; stop as well where the normal equations'
+    residual is this share of what it was at `x = 0`. `max_iterations`: default `2 n`.
     `reorthogonalise`: keep the `n`-vectors and orthogonalise against them (`iterations * R * n` elements): an
     ill-conditioned problem then ends after at most `n` steps, as it would in exact arithmetic.
     Running out of iterations is reported in `converged`, never raised.
@@ -54,10 +56,11 @@ def lsmr(
     u, beta = normalise(b)
     v, alpha = normalise(operator.rmatvec(u))
     b_norm = beta.clone()
-    basis = [v] if reorthogonalise else []
+    basis = v[:, None].repeat(1, min(limit, 16) if reorthogonalise else 1, 1)  # grows as it fills
 
     one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
     zetabar, alphabar = alpha * beta, alpha.clone()
+    enough = reduction * zetabar
     rho, rhobar, cbar, sbar = one, one, one, zero
     h, hbar, x = v, torch.zeros_like(v), torch.zeros_like(v)
     # For the estimates of |r| and |A|, as in the paper's section 5.
@@ -73,10 +76,12 @@ def lsmr(
         u, beta = normalise(operator.matvec(v) - alpha[:, None] * u)
         w = operator.rmatvec(u) - beta[:, None] * v
         if reorthogonalise:
-            w = orthogonalise(w, torch.stack(basis, dim=1))
+            w = orthogonalise(w, basis[:, :iteration])
         v, alpha = normalise(w)
-        if reorthogonalise:
-            basis.append(v)
+        if reorthogonalise and iteration < limit:
+            if iteration == basis.shape[1]:
+                basis = torch.cat([basis, torch.empty_like(basis)], dim=1)
+            basis[:, iteration] = v
 
         # Rotations: damping, then the two QR factorisations.
         alphahat = torch.hypot(alphabar, damping)
@@ -117,7 +122,7 @@ def lsmr(
         consistent = norm_r * safe_inverse(b_norm)
         now = torch.minimum(normal, consistent)
         residual = torch.where(done, residual, now)
-        done = done | (now <= tolerance) | (alpha <= torch.finfo(alpha.dtype).eps * norm_a)
+        done = done | (now <= tolerance) | (zetabar.abs() <= enough) | (alpha <= torch.finfo(alpha.dtype).eps * norm_a)
         if iteration % check_every == 0 and bool(done.all()):
             break
     return LeastSquares(x, residual, iteration, (residual <= tolerance) | done)

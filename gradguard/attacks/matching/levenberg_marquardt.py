@@ -21,6 +21,12 @@ from gradguard.linalg import dense_least_squares, lsmr
 DENSE_ELEMENTS, DENSE_SIZE = 2**26, 256
 #: A matching loss that only the picture itself reaches; another trial of it has nothing to add.
 MATCHED = 1e-20
+#: A trial ends at a step that gains no more than this share of its value, and was not expected to: what is left is the
+#: rounding or noise of the sent gradient.
+LEAST_GAIN = 1e-10
+#: How far a step's normal equations are solved at most: far from the solution it is not worth more (inexact Newton,
+#: Nocedal & Wright 2006, section 7.1).
+FORCING = 0.1
 
 
 def levenberg_marquardt(
@@ -31,7 +37,7 @@ def levenberg_marquardt(
     sent: Gradient | None = None,
     groups: Tensor | None = None,
     iterations: int = 50,
-    inner_iterations: int = 100,
+    inner_iterations: int = 200,
     tolerance: float = 1e-13,
 ) -> Minima:
     """Refine trials of an attack.
@@ -39,7 +45,7 @@ def levenberg_marquardt(
     `inputs`: `(T, B, *input_shape)`; `labels`: `(T, B, ...)`, kept. `sent`: `(T, *parameter_shape)` where trials are of
     different gradients than the observation's. `groups`: `(T,)`, which picture a trial is of: once a trial matches to
     rounding the others of its picture have lost and stay where they are. A trial ends when its step is below
-    `tolerance` relative to its inputs.
+    `tolerance` relative to its inputs, or nothing is left to gain.
     Returns points `(T, B D)` and values: the relative squared matching loss. For `T B D` inputs that are too many
     for a dense `J` the step is solved by at most `inner_iterations` of LSMR.
     """
@@ -81,7 +87,9 @@ def levenberg_marquardt(
         value = (residual * residual).sum(-1)
         better = torch.isfinite(value) & (value < going.value) & ~going.done
         predicted = going.value - _linear_value(jacobian, going.residual, step, going.scale)
-        ratio = (going.value - value) / predicted.clamp_min(torch.finfo(value.dtype).tiny)
+        gained = going.value - value
+        ratio = gained / predicted.clamp_min(torch.finfo(value.dtype).tiny)
+        stuck = (gained.abs() <= LEAST_GAIN * going.value) & (predicted <= LEAST_GAIN * going.value)
         size = _length(step) / _length(going.x)
         going.x = torch.where(better[:, None], candidate, going.x)
         going.residual = torch.where(better[:, None], residual, going.residual)
@@ -89,7 +97,7 @@ def levenberg_marquardt(
         shrink = (1 - (2 * ratio - 1) ** 3).clamp_min(1 / 3)
         going.damping = going.damping * torch.where(better, shrink, going.growth)
         going.growth = torch.where(better, torch.full_like(going.growth, 2.0), going.growth * 2)
-        going.done = going.done | (size <= tolerance)
+        going.done = going.done | (size <= tolerance) | stuck
         points[rows], values[rows], done[rows] = going.x, going.value, going.done
         left = torch.nonzero(~(going.done | _lost(values, all_groups)[rows])).flatten()
         if len(left) < len(rows):
@@ -125,7 +133,7 @@ def _length(rows: Tensor) -> Tensor:
 
 
 def _step(jacobian: InputJacobian, residual: Tensor, damping: Tensor, scale: Tensor, inner_iterations: int) -> Tensor:
-    """`argmin_s |J^T s / scale + r|^2 + damping |s|^2`."""
+    """`argmin_s |J^T s / scale + r|^2 + damping |s|^2`, the more exactly the smaller `r` is."""
     elements = jacobian.num_problems * jacobian.size * jacobian.gradient.num_parameters
     if jacobian.size <= DENSE_SIZE and elements <= DENSE_ELEMENTS:
         matrix = jacobian.dense().mT / scale[:, None, None]
@@ -140,6 +148,7 @@ def _step(jacobian: InputJacobian, residual: Tensor, damping: Tensor, scale: Ten
         damping=damping.sqrt() * scale,
         max_iterations=inner_iterations,
         tolerance=1e-8,
+        reduction=_length(residual).sqrt().clamp_max(FORCING),
     ).solution
 
 
