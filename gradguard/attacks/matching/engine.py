@@ -272,8 +272,8 @@ class MatchingAttack(Attack):
         grouped = losses.unflatten(0, (-1, self.restarts))
         first = grouped.argmin(1) + torch.arange(len(grouped), device=losses.device) * self.restarts
         rest = torch.ones_like(losses, dtype=torch.bool).index_fill_(0, first, False)
-        for rows in (first, torch.nonzero(rest).flatten()):
-            unmatched = losses.unflatten(0, (-1, self.restarts)).amin(1) > FOUND
+        for rows, enough in ((first, 0.0), (torch.nonzero(rest).flatten(), FOUND)):
+            unmatched = losses.unflatten(0, (-1, self.restarts)).amin(1) > enough
             rows = rows[unmatched[trials.picture[rows]] & torch.isfinite(losses[rows])]
             if not len(rows):
                 continue

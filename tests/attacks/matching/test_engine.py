@@ -177,6 +177,24 @@ class FirstTrialIsBroken(DLG):
         return start
 
 
+@dataclass(frozen=True, kw_only=True)
+class FromNearby(DLG):
+    """Starts a little beside a picture."""
+
+    near: torch.Tensor
+
+    def start(self, shape, observation, generator):
+        return (self.near + 1e-6).expand(shape).clone()
+
+
+def test_the_best_trial_is_polished_however_well_it_matches(observation, pair):
+    """A perturbation much smaller than the gradient moves the picture all the same."""
+    attack = FromNearby(near=pair[0], restarts=2, evaluations=1)
+    rough = replace(attack, polish=0)(observation, generator=gen())
+    assert rough.matching_loss < 1e-10
+    assert attack(observation, generator=gen()).matching_loss < 1e-10 * rough.matching_loss
+
+
 def test_a_trial_that_is_not_a_number_never_wins(observation, pair):
     found = FirstTrialIsBroken(restarts=2)(observation, generator=gen())
     assert found.details["trial"] == 1
