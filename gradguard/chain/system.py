@@ -32,7 +32,7 @@ class LayerSystem:
     `target`: the same least-squares problem with as few rows as there are: of `F` filters at `L < F` positions the
     gradient constraints are combinations of `L` each, so an orthonormal basis of them says all that they agree on.
     `scales`: what the rows of either kind were multiplied by, `(G, F, 1)`; those of the gradient constraints `None` if
-    there are none.
+    there are none. `column_lengths`: the norms of the columns, `(1, unknowns)`, 1 for an empty one.
     """
 
     layer: Affine

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradguard.linalg.operator import LinearOperator, normalise, orthogonalise, random_unit
+from gradguard.linalg.operator import LinearOperator, grown, normalise, orthogonalise, random_unit
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,7 @@ class Lanczos:
         """`count` steps more."""
         for k in range(self.steps, self.steps + count):
             if k == self.basis.shape[1]:
-                more = self.basis.new_zeros(len(self.basis), min(k, self.limit - k), self.basis.shape[2])
-                self.basis = torch.cat([self.basis, more], dim=1)
+                self.basis = grown(self.basis, self.limit)
             q = self.next
             self.basis[:, k] = q
             w = self.operator.matvec(q)

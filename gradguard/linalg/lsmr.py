@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradguard.linalg.operator import LinearOperator, normalise, orthogonalise, safe_inverse
+from gradguard.linalg.operator import LinearOperator, grown, normalise, orthogonalise, safe_inverse
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def lsmr(
         v, alpha = normalise(w)
         if reorthogonalise and iteration < limit:
             if iteration == basis.shape[1]:
-                basis = torch.cat([basis, torch.empty_like(basis)], dim=1)
+                basis = grown(basis, limit)
             basis[:, iteration] = v
 
         # Rotations: damping, then the two QR factorisations.

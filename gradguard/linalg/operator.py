@@ -69,6 +69,12 @@ def safe_inverse(x: Tensor) -> Tensor:
     return torch.where(x.abs() > tiny, 1 / torch.where(x.abs() > tiny, x, torch.ones_like(x)), torch.zeros_like(x))
 
 
+def grown(basis: Tensor, limit: int) -> Tensor:
+    """`basis` `(R, k, n)` with room for `k` vectors more, for `limit` in all at most."""
+    more = min(basis.shape[1], limit - basis.shape[1])
+    return torch.cat([basis, basis.new_zeros(len(basis), more, basis.shape[2])], dim=1)
+
+
 def orthogonalise(v: Tensor, basis: Tensor) -> Tensor:
     """`v` `(R, n)` without its components in the orthonormal rows of `basis` `(R, k, n)`; twice is enough."""
     for _ in range(2):

@@ -53,6 +53,16 @@ def test_lsmr_without_reorthogonalisation_gets_there_too():
     torch.testing.assert_close(found.solution, reference(matrix, b, 0.0), rtol=1e-7, atol=1e-8)
 
 
+def test_lsmr_stops_at_a_share_of_the_first_normal_equations():
+    matrix, b = problem(2)
+    first = (matrix.mT @ b[..., None])[..., 0].norm(dim=-1)
+    shares = torch.tensor([1e-1, 1e-2, 1e-4], dtype=torch.float64)
+    found = lsmr(LinearOperator.from_matrix(matrix), b, reduction=shares, check_every=1)
+    left = (matrix.mT @ (b - (matrix @ found.solution[..., None])[..., 0])[..., None])[..., 0].norm(dim=-1)
+    assert (left <= 1.01 * shares * first).all()
+    assert (left > 1e-10 * first).all()  # and no further
+
+
 def test_lsmr_reports_that_it_ran_out():
     matrix, b = problem(5)
     found = lsmr(LinearOperator.from_matrix(matrix), b, max_iterations=3, check_every=1)

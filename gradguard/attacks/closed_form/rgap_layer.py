@@ -148,12 +148,7 @@ class LayerSolver:
             "rank_bound": layer.rank_bound(gradients=system.gradient_constraints > 0, known=known),
             "hidden": hidden,
         }
-        # Columns of norm 1 save a quarter of the steps, and change nothing where there is one solution.
-        determined = damping == 0 and row["rank_bound"] == layer.unknowns
-        lengths = system.column_lengths if determined else None
-        x, solution = self._least_squares(system.operator, system.target, damping, lengths)
-        residual = _share(system.misfit(x), system.values)
-        return Solved(x.reshape(layer.input_shape), z, k, system, row | solution | {"residual": residual})
+        return self._solution(system, z, k, row, damping)
 
     def from_gradient(self, layer: Affine, weight: Tensor, sent: Tensor, k: Tensor) -> Solved:
         """The layer's input from its weight's gradient alone, where its output is hidden in a sum."""
@@ -169,10 +164,7 @@ class LayerSolver:
         }
         solved, damping = None, self.damping or 0.0
         for _ in range(1 if self.damping is not None else 3):
-            lengths = system.column_lengths if damping == 0 and row["rank_bound"] == layer.unknowns else None
-            x, solution = self._least_squares(system.operator, system.target, damping, lengths)
-            residual = {"residual": _share(system.misfit(x), system.values)}
-            solved = Solved(x.reshape(layer.input_shape), k, k, system, row | solution | residual)
+            solved = self._solution(system, k, k, row, damping)
             damping = natural_damping(solved)
             if damping < _NO_DAMPING:
                 break
@@ -241,6 +233,15 @@ class LayerSolver:
         misfit = solved.system.misfit(solved.x)
         return cgls(response, misfit, tolerance=1e-3, max_iterations=200).solution[0]
 
+    def _solution(self, system: LayerSystem, z: Tensor, k: Tensor, row: dict[str, Any], damping: float) -> Solved:
+        """The system's solution. `row`: the report's, as far as it is known before."""
+        # Columns of norm 1 save a quarter of the steps, and change nothing where there is one solution.
+        determined = damping == 0 and row["rank_bound"] == row["unknowns"]
+        lengths = system.column_lengths if determined else None
+        x, solution = self._least_squares(system.operator, system.target, damping, lengths)
+        residual = _share(system.misfit(x), system.values)
+        return Solved(x.reshape(system.layer.input_shape), z, k, system, row | solution | {"residual": residual})
+
     def _least_squares(
         self, operator: LinearOperator, target: Tensor, damping: float, lengths: Tensor | None
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -255,7 +256,7 @@ class LayerSolver:
                 max_iterations=self.max_iterations,
                 check_every=5,
             )
-        return found.solution.clone(), {
+        return found.solution.clone(), {  # a copy, which autograd takes
             "damping": damping,
             "iterations": found.iterations,
             "solved": bool(found.converged.all()),

@@ -237,7 +237,7 @@ class MatchingAttack(Attack):
         rows = torch.arange(len(run.points), device=run.points.device)
         inputs, labels = trials.inputs(run.points), trials.hard_labels(run.points, rows)
         losses = trials.matching_losses(inputs, labels, rows).nan_to_num(nan=float("inf"))
-        losses = losses.where(run.spent.to(losses.device) > 0, float("inf"))
+        losses = losses.where(run.spent > 0, float("inf"))
         details: dict[str, Any] = {
             "evaluations": int(run.spent.max()),
             "restarted": run.restarted,

@@ -35,7 +35,7 @@ class MatchingRun:
     """A search under way: all trials' best points, and the state of those that are still going.
 
     `rows`: the trials that advance; `waiting`: those that have not begun, in their order. Trials begin as others end,
-    unless their picture has been found by then. `spent`: evaluations of each trial, on the CPU.
+    unless their picture has been found by then. `spent`: evaluations of each trial.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class MatchingRun:
         self.coupled = any(penalty.couples for penalty in trials.penalties)
         self.at_once = len(order) if self.coupled else min(attack.at_once or self._default_at_once(), len(order))
         self.rows, self.waiting = order[: self.at_once].sort().values, order[self.at_once :]
-        self.spent = torch.zeros(len(self.points), dtype=torch.int64)
+        self.spent = torch.zeros_like(self.attempts)
         self.state = self._search(self.rows)
         self.tick, self.restarted, self.stopped = 0, 0, "budget"
         self.checkpoint: Checkpoint | None = None
@@ -97,11 +97,12 @@ class MatchingRun:
         limit = attack.optimiser.evaluations
         while True:
             # Trials that began later have more left: the look at which the first is spent must not be missed.
-            left = limit - int(self.spent[self.rows.cpu()].max())
-            for _ in range(min(left, CHECK_EVERY - self.tick % CHECK_EVERY)):
+            left = limit - int(self.spent[self.rows].max())
+            count = min(left, CHECK_EVERY - self.tick % CHECK_EVERY)
+            for _ in range(count):
                 self.state.advance(lambda points: self.trials.value_and_gradient(points, self.rows))
-                self.tick += 1
-                self.spent[self.rows.cpu()] += 1
+            self.tick += count
+            self.spent[self.rows] += count
             bar(self.tick, self.state.value)
             self._begin_broken_anew()
             if not self._drop_what_has_ended(limit):
@@ -114,6 +115,8 @@ class MatchingRun:
                 self.stopped = "time"
                 break
         self._keep()
+        if self.checkpoint is not None and self.stopped == "budget":
+            self.save()  # what follows, the polish, may be interrupted too
 
     def _keep(self) -> None:
         self.points[self.rows], self.values[self.rows] = self.state.point, self.state.value
@@ -138,7 +141,7 @@ class MatchingRun:
         self._keep()
         matched = torch.zeros_like(picture).index_add(0, picture, (self.values <= self.attack.target).long()) > 0
         self.waiting = self.waiting[~matched[picture[self.waiting]]]
-        spent = (self.spent[self.rows.cpu()] >= limit).to(self.rows.device)
+        spent = self.spent[self.rows] >= limit
         over = self.state.ended | spent | matched[picture[self.rows]]
         left = int((~over).sum())
         if not left and not len(self.waiting):

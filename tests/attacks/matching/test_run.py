@@ -21,6 +21,7 @@ from gradguard.attacks import (
 from gradguard.attacks.matching import run as matching_run
 from gradguard.attacks.matching.adam import Adam
 from gradguard.attacks.matching.distances import CosineDistance
+from gradguard.attacks.matching.lbfgs import LBFGSSearch
 from gradguard.gradients import flatten
 from gradguard.local_training import LocalTraining, surrogate_model
 from references import flat_gradient, loss_of, psnr
@@ -181,6 +182,24 @@ def test_an_interrupted_attack_ends_as_it_would_have(tmp_path, monkeypatch, obse
         assert torch.equal(one.inputs, other.inputs)
         assert one.details == other.details
     assert not path.exists()
+
+
+def test_an_interrupted_polish_does_not_search_again(tmp_path, monkeypatch, observations):
+    attack, path = DLG(restarts=2, evaluations=12, polish=3), tmp_path / "attack.safetensors"
+    expected = attack.attack_all(observations, generator=gen())
+
+    def killed(*args, **kwargs):
+        raise StoppedError
+
+    with monkeypatch.context() as context:
+        context.setattr("gradguard.attacks.matching.engine.levenberg_marquardt", killed)
+        with pytest.raises(StoppedError):
+            attack.attack_all(observations, generator=gen(), checkpoint=path)
+    monkeypatch.setattr(LBFGSSearch, "advance", killed)
+    found = attack.attack_all(observations, generator=gen(), checkpoint=path)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.inputs, other.inputs)
+        assert one.details == other.details
 
 
 def test_a_checkpoint_of_another_attack_is_refused(tmp_path, monkeypatch, observations):
