@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from common import Bar, benchmark_parser, finish, generator, peak_memory, real_pictures, rows_table, seconds
 from gradguard import LossGradient
 from gradguard.attacks import DLG, Observation
-from gradguard.data import digits
 from gradguard.leakage import fidelity
-from gradguard.models import lenet, uniform_init_
+from gradguard.zoo.models import lenet, uniform_init_
+from gradguard.zoo.pictures import digits
 
 RESTARTS = 4
 #: Relative squared matching loss at which a trial ends: about 40 dB on this network.

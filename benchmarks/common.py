@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gradguard.data import Pictures, load_npz
+from gradguard.zoo.pictures import Pictures, load_npz
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from common import Bar, benchmark_parser, finish, generator, rows_table, seconds
-from gradguard.attacks.labels.counts import restore_label_counts
+from gradguard.attacks._labels.counts import restore_label_counts
 from gradguard.leakage.labels import count_labels, label_recovery
 
 CLASSES, FEATURES, BATCH = 1000, 2048, 4096

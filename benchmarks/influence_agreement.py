@@ -34,12 +34,12 @@ from torch.nn.functional import interpolate
 from common import Bar, benchmark_parser, finish, generator, real_pictures, rows_table
 from gradguard import InputJacobian, LossGradient
 from gradguard.attacks import DLG, Observation
-from gradguard.data import Pictures, digits, photos
 from gradguard.defenses import Defense, GaussianNoise, PriorNoise, Pruning, SmallEigenspaceNoise
-from gradguard.gradients import Gradient, add
+from gradguard.functional.vectors import Gradient, add
 from gradguard.leakage import influence, influence_lower_bound, spectrum
 from gradguard.linalg import one_thread
-from gradguard.models import fcn, lenet, resnet, uniform_init_
+from gradguard.zoo.models import fcn, lenet, resnet, uniform_init_
+from gradguard.zoo.pictures import Pictures, digits, photos
 
 #: Predicted error as a share of the picture's norm.
 SMOOTH, PIECEWISE, BEYOND = (0.003, 0.01, 0.03, 0.08), (1e-4, 3e-4, 1e-3, 3e-3), (0.01, 0.03, 0.08)

@@ -36,12 +36,12 @@ from common import (
     seconds,
 )
 from gradguard import Guard, InputJacobian, LossGradient
-from gradguard.data import Pictures, photos
 from gradguard.defenses import GaussianNoise
-from gradguard.gradients import flatten
+from gradguard.functional.vectors import flatten
 from gradguard.leakage import InfluenceBound, influence, influence_lower_bound
 from gradguard.linalg import largest_eigenvalue
-from gradguard.models import lenet, resnet, uniform_init_
+from gradguard.zoo.models import lenet, resnet, uniform_init_
+from gradguard.zoo.pictures import Pictures, photos
 from published_i2f import PlainJacobian, gradient_descent, gradient_descent_iterations, lower_bound
 
 PARTS = ("products", "bound", "exact", "memory", "callback", "growth", "precision")

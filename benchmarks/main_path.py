@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from common import Bar, benchmark_parser, finish, generator, real_pictures, rows_table
 from gradguard import Guard, LossGradient
 from gradguard.attacks import DLG, RGAP, Attack, Observation
-from gradguard.data import digits, photos
 from gradguard.defenses import PriorNoise
 from gradguard.demo import Demo, accuracy, influence_check
 from gradguard.leakage import fidelity
-from gradguard.models import cnn6, fcn, lenet, uniform_init_
+from gradguard.zoo.models import cnn6, fcn, lenet, uniform_init_
+from gradguard.zoo.pictures import digits, photos
 
 #: A perfect reconstruction has no PSNR that JSON can carry.
 CAP = 400.0

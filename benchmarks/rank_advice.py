@@ -21,9 +21,9 @@ from torch import nn
 
 from common import Bar, benchmark_parser, finish, generator, real_pictures, rows_table
 from gradguard.attacks import DLG, HGAP, RGAP
-from gradguard.data import Pictures, digits
 from gradguard.leakage import Advice, advice, advised, fidelity, rank_analysis
-from gradguard.models import digits_convnet, lenet
+from gradguard.zoo.models import digits_convnet, lenet
+from gradguard.zoo.pictures import Pictures, digits
 from rank_verdicts import LOST, attacked
 
 Make = Callable[[], nn.Module]

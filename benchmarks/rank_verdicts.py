@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from common import Bar, benchmark_parser, finish, generator, real_pictures, rows_table, seconds
 from gradguard import LossGradient, UnsupportedModelError
 from gradguard.attacks import DLG, HGAP, RGAP, Attack, Observation
-from gradguard.data import Pictures, digits, photos
 from gradguard.leakage import fidelity, rank_analysis
-from gradguard.models import cnn6, digits_convnet, fcn, lenet, resnet, vgg
+from gradguard.zoo.models import cnn6, digits_convnet, fcn, lenet, resnet, vgg
+from gradguard.zoo.pictures import Pictures, digits, photos
 
 CAP = 400.0
 CLOSED, OPTIMISED, LOST = 60.0, 40.0, 30.0  # dB

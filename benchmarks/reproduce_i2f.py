@@ -33,12 +33,12 @@ from common import Bar, benchmark_parser, finish, generator, real_pictures, rows
 from gradguard import InputJacobian, LossGradient
 from gradguard.attacks import DLG, Observation
 from gradguard.benchmark import InitialisationComparison, compare_initialisations
-from gradguard.data import Pictures, digits
 from gradguard.defenses import GaussianNoise, Pruning
-from gradguard.gradients import Gradient, add
+from gradguard.functional.vectors import Gradient, add
 from gradguard.leakage import fidelity, influence, influence_lower_bound, spectrum
 from gradguard.linalg import one_thread
-from gradguard.models import lenet, uniform_init_
+from gradguard.zoo.models import lenet, uniform_init_
+from gradguard.zoo.pictures import Pictures, digits
 from influence_agreement import ContinuedDLG, resized
 
 MEAN, DEVIATION = 0.1307, 0.3081

@@ -33,12 +33,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from common import FOLDER, Bar, benchmark_parser, finish, generator, real_pictures, rows_table
-from gradguard.attacks.labels.baselines import gi_counts, llg_counts, llg_statistics, rlg_counts
-from gradguard.attacks.labels.counts import restore_label_counts
-from gradguard.attacks.labels.system import solve_label_system
-from gradguard.data import Pictures, digits
+from gradguard.attacks._labels.baselines import gi_counts, llg_counts, llg_statistics, rlg_counts
+from gradguard.attacks._labels.counts import restore_label_counts
+from gradguard.attacks._labels.system import solve_label_system
 from gradguard.leakage.labels import count_labels, label_recovery
-from gradguard.models import fcn, resnet, vgg
+from gradguard.zoo.models import fcn, resnet, vgg
+from gradguard.zoo.pictures import Pictures, digits
 
 CHECKPOINTS = FOLDER / "checkpoints"
 Numbers = tuple[float, float, float]

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from common import Bar, benchmark_parser, finish, generator, real_pictures, rows_table, seconds
 from gradguard import LossGradient
 from gradguard.attacks import DLG, IDLG, InvertingGradients, Observation, Reconstruction
-from gradguard.attacks.matching.engine import MatchingAttack, UnknownLabels
-from gradguard.data import Pictures, digits, photos
+from gradguard.attacks._matching.engine import MatchingAttack, UnknownLabels
+from gradguard.functional.local_training import LocalTraining
 from gradguard.leakage import fidelity
-from gradguard.local_training import LocalTraining
-from gradguard.models import Normalised, convnet, fcn, lenet, resnet, uniform_init_
-from gradguard.priors import PowerLawPrior
+from gradguard.linalg.covariances import PowerLawPrior
+from gradguard.zoo.models import Normalised, convnet, fcn, lenet, resnet, uniform_init_
+from gradguard.zoo.pictures import Pictures, digits, photos
 
 CAP = 400.0
 LOSS = nn.CrossEntropyLoss()

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from common import Bar, benchmark_parser, finish, generator, real_pictures, rows_table
 from gradguard import LossGradient
 from gradguard.attacks import DLG, HGAP, RGAP, Attack, Observation
-from gradguard.data import Pictures, digits, photos
 from gradguard.leakage import fidelity, rank_analysis
-from gradguard.models import cnn6, fcn
+from gradguard.zoo.models import cnn6, fcn
+from gradguard.zoo.pictures import Pictures, digits, photos
 
 CAP = 400.0
 BINARY, CLASSES = nn.BCEWithLogitsLoss(), nn.CrossEntropyLoss()

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from common import benchmark_parser, finish, generator, real_pictures, rows_table
 from gradguard import LossGradient
 from gradguard.attacks import DLG, RGAP, Attack, Observation
-from gradguard.data import digits
-from gradguard.gradients import norm
+from gradguard.functional.vectors import norm
 from gradguard.leakage import fidelity
-from gradguard.models import lenet
+from gradguard.zoo.models import lenet
+from gradguard.zoo.pictures import digits
 
 Gradient = dict[str, Tensor]
 NOISE = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)

@@ -25,9 +25,9 @@ from common import Bar, benchmark_parser, finish, generator, peak_memory, real_p
 from gradguard import LossGradient
 from gradguard.attacks import DLG, RGAP, Observation
 from gradguard.chain import Affine, walk
-from gradguard.data import photos
 from gradguard.leakage import fidelity
-from gradguard.models import cnn6, lenet
+from gradguard.zoo.models import cnn6, lenet
+from gradguard.zoo.pictures import photos
 
 LOSS = nn.BCEWithLogitsLoss()
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from common import Bar, benchmark_parser, finish, generator, real_pictures, rows_table
 from gradguard import LossGradient
 from gradguard.attacks import SPEAR, Observation
-from gradguard.data import Pictures, digits
 from gradguard.leakage import fidelity
-from gradguard.models import fcn
+from gradguard.zoo.models import fcn
+from gradguard.zoo.pictures import Pictures, digits
 
 LOSS = nn.CrossEntropyLoss()
 HELD_OUT = 400

@@ -33,13 +33,14 @@ from torch import Tensor
 from common import Bar, benchmark_parser, finish, generator, rows_table
 from gradguard import InputJacobian, LossGradient
 from gradguard.attacks import DLG, Observation
-from gradguard.attacks.matching.engine import matching_losses
+from gradguard.attacks._matching.engine import matching_losses
 from gradguard.defenses import GaussianNoise, Pruning
-from gradguard.gradients import Gradient, LossFunction, add
+from gradguard.functional.loss_gradient import LossFunction
+from gradguard.functional.vectors import Gradient, add
 from gradguard.leakage import influence
 from gradguard.linalg import one_thread
-from gradguard.models import GPT, gpt
-from gradguard.text import (
+from gradguard.zoo.models import GPT, gpt
+from gradguard.zoo.text import (
     Characters,
     centred,
     decode,

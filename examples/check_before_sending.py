@@ -10,9 +10,9 @@ from torch import nn
 
 import gradguard as gg
 from gradguard.attacks import DLG, RGAP
-from gradguard.data import digits
 from gradguard.defenses import PriorNoise
-from gradguard.models import digits_convnet
+from gradguard.zoo.models import digits_convnet
+from gradguard.zoo.pictures import digits
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ from torch import nn
 import gradguard as gg
 from gradguard.attacks import DLG, ILRG
 from gradguard.benchmark import compare
-from gradguard.data import digits
 from gradguard.defenses import Defense, GaussianNoise, PriorNoise, Pruning, SmallEigenspaceNoise
-from gradguard.models import digits_convnet
+from gradguard.zoo.models import digits_convnet
+from gradguard.zoo.pictures import digits
 
 TRAIN, TEST = digits().split(500)
 LOSS = nn.CrossEntropyLoss()

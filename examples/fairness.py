@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import gradguard as gg
-from gradguard.data import digits
-from gradguard.models import digits_convnet
+from gradguard.zoo.models import digits_convnet
+from gradguard.zoo.pictures import digits
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ from torch import nn
 
 import gradguard as gg
 from gradguard.attacks import DLG, Observation, attack_candidates
-from gradguard.data import digits
-from gradguard.local_training import LocalTraining
-from gradguard.models import digits_convnet
+from gradguard.functional.local_training import LocalTraining
+from gradguard.zoo.models import digits_convnet
+from gradguard.zoo.pictures import digits
 
 STEPS, RATE = 5, 0.05
 

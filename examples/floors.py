@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import gradguard as gg
-from gradguard.data import digits
-from gradguard.gradients import norm
+from gradguard.functional.vectors import norm
 from gradguard.leakage import bayes_floor, cramer_rao_floor, spectral_density, spectrum
-from gradguard.models import lenet, uniform_init_
-from gradguard.priors import PowerLawPrior
+from gradguard.linalg.covariances import PowerLawPrior
+from gradguard.zoo.models import lenet, uniform_init_
+from gradguard.zoo.pictures import digits
 
 
 def main() -> None:

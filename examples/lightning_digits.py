@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gradguard as gg
 from gradguard.attacks import DLG, ILRG
-from gradguard.data import digits
 from gradguard.defenses import PriorNoise
 from gradguard.integrations.lightning import GradGuard
-from gradguard.models import digits_convnet
+from gradguard.zoo.models import digits_convnet
+from gradguard.zoo.pictures import digits
 
 
 class Digits(LightningModule):

@@ -10,9 +10,9 @@ import torch
 import gradguard as gg
 from gradguard.attacks import DLG, Observation
 from gradguard.defenses import GaussianNoise
-from gradguard.gradients import add
-from gradguard.models import gpt
-from gradguard.text import (
+from gradguard.functional.vectors import add
+from gradguard.zoo.models import gpt
+from gradguard.zoo.text import (
     Characters,
     centred,
     decode,

@@ -6,15 +6,16 @@ Three ways in: a Lightning callback (`gradguard.integrations.lightning.GradGuard
 
 __version__ = "0.1.0"
 
-from gradguard import attacks, defenses, leakage, linalg
+from gradguard import _moved, attacks, defenses, leakage, linalg
 from gradguard.errors import InputError, UnsupportedModelError
-from gradguard.files import load_gradient, save_gradient
-from gradguard.gradients import LossGradient
+from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.loss_gradient import LossGradient
 from gradguard.guard import Guard
-from gradguard.jacobian import InputJacobian
-from gradguard.policy import Policy, ThreatModel
+from gradguard.policy import Policy
 from gradguard.report import LeakageReport, Verdict
+from gradguard.storage.files import load_gradient, save_gradient
 from gradguard.survey import Survey, survey
+from gradguard.threats.model import ThreatModel
 
 __all__ = [
     "Guard",
@@ -35,3 +36,5 @@ __all__ = [
     "save_gradient",
     "survey",
 ]
+
+_moved.install()

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from gradguard.attacks import DLG, IDLG, ILRG, RGAP, Attack, InvertingGradients
-from gradguard.data import Pictures, digits, load_npz, photos
 from gradguard.defenses import Defense, GaussianNoise, PriorNoise, Pruning, SmallEigenspaceNoise
 from gradguard.errors import InputError
-from gradguard.files import load_gradient, load_weights, save_gradient, write_text
-from gradguard.folder import PictureFolder
 from gradguard.guard import Guard
-from gradguard.models import NAMED
-from gradguard.policy import Policy, ThreatModel
+from gradguard.policy import Policy
+from gradguard.storage.files import load_gradient, load_weights, save_gradient, write_text
 from gradguard.survey import YARDSTICK, survey
+from gradguard.threats.model import ThreatModel
+from gradguard.zoo.models import NAMED
+from gradguard.zoo.picture_folder import PictureFolder
+from gradguard.zoo.pictures import Pictures, digits, load_npz, photos
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "cross-entropy": nn.CrossEntropyLoss,

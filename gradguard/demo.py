@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradguard.attacks import DLG, ILRG, RGAP, InvertingGradients, Observation
-from gradguard.data import Pictures, digits
 from gradguard.defenses import GaussianNoise, PriorNoise, Pruning, SmallEigenspaceNoise
-from gradguard.gradients import Gradient, LossGradient, add
+from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.loss_gradient import LossGradient
+from gradguard.functional.vectors import Gradient, add
 from gradguard.guard import Guard
 from gradguard.integrations.lightning import GradGuard
-from gradguard.jacobian import InputJacobian
 from gradguard.leakage import influence
 from gradguard.linalg import one_thread
-from gradguard.models import digits_convnet
 from gradguard.report import LeakageReport
+from gradguard.zoo.models import digits_convnet
+from gradguard.zoo.pictures import Pictures, digits
 
 #: The influence check: noise is scaled to move a perfect attacker by these shares of the picture's norm, ...
 CHECKED_SHARES = (0.01, 0.04)

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from gradguard.attacks import DLG, ILRG, RGAP, Attack
 from gradguard.defenses import Defense
 from gradguard.errors import InputError
-from gradguard.gradients import Gradient, LossFunction, LossGradient, TrainMode, add, flatten, norm
-from gradguard.jacobian import InputJacobian
+from gradguard.evaluation.scoring import prior_psnr, score_attack
+from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.loss_gradient import LossFunction, LossGradient, TrainMode
+from gradguard.functional.vectors import Gradient, add, flatten, norm
 from gradguard.leakage import influence, influence_lower_bound, spectrum
-from gradguard.policy import Policy, ThreatModel
+from gradguard.policy import Policy
 from gradguard.report import LabelScore, LeakageReport, Verdict
 from gradguard.report.leakage_report import Case, Decision
-from gradguard.verification import prior_psnr, score_attack
+from gradguard.threats.model import ThreatModel
 
 #: What an audit attacks with unless told otherwise: one closed form, one optimisation, one for the labels.
 DEFAULT_ATTACKS: tuple[Attack, ...] = (RGAP(), DLG(), ILRG())

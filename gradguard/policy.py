@@ -1,4 +1,4 @@
-"""What the owner of the data asks of a gradient, and what they assume of the attacker."""
+"""What the owner of the data asks of a gradient."""
 
 from __future__ import annotations
 
@@ -65,28 +65,3 @@ class Policy:
             if not fine:
                 found.append(sentence.format(value, limit))
         return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class ThreatModel:
-    """What the attacker knows beside the model, the loss and the sent gradient.
-
-    `others_known`: the attacker knows every example of the batch but one, for each one in turn (the worst case; an
-        attack then sees that example's own gradient and all of the noise). `False`: the whole batch is unknown and
-        attacked as one.
-    `labels_known`: the attacker has the labels; otherwise attacks infer them.
-    `max_attacked`: how many examples are attacked, those that leak most by the closed-form measures.
-    `value_range`: of valid inputs; PSNR is computed in it.
-    """
-
-    others_known: bool = True
-    labels_known: bool = True
-    max_attacked: int = 4
-    value_range: tuple[float, float] = (0.0, 1.0)
-
-    def __post_init__(self) -> None:
-        if self.max_attacked < 1:
-            raise InputError(f"`max_attacked` must be at least 1, got {self.max_attacked}.")
-        low, high = self.value_range
-        if not high > low:
-            raise InputError(f"`value_range` must be (low, high) with low < high, got {self.value_range}.")

@@ -22,16 +22,17 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 from torch.utils.data import Dataset, IterableDataset
 
-from gradguard.data import Pictures
 from gradguard.defenses import Defense, GaussianNoise
 from gradguard.defenses.base import randn
 from gradguard.errors import InputError
-from gradguard.gradients import LossFunction, LossGradient, TrainMode, flatten
+from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.loss_gradient import LossFunction, LossGradient, TrainMode
+from gradguard.functional.vectors import flatten
 from gradguard.guard import Guard, environment
-from gradguard.jacobian import InputJacobian
 from gradguard.leakage import influence, influence_lower_bound
 from gradguard.leakage.influence import DENSE_ELEMENTS, DENSE_SIZE
 from gradguard.report.survey_report import DTYPES, NO_CLASS, ClassSummary, ExampleSummary, Survey
+from gradguard.zoo.pictures import Pictures
 
 __all__ = ["YARDSTICK", "ClassSummary", "ExampleSummary", "Survey", "survey"]
 
@@ -68,7 +69,7 @@ def survey(
     """Measure every example of `data` by itself: as a batch of one, what an attacker sees who knows all the others.
 
     `data`: a `torch.utils.data.Dataset` of `(input, target)`; an iterable of batches `(inputs, targets)` such as an
-    unshuffled `DataLoader`; a pair of tensors; or `gradguard.data.Pictures`. Examples go to the model's device.
+    unshuffled `DataLoader`; a pair of tensors; or `gradguard.zoo.pictures.Pictures`. Examples go to the model's device.
     `defense`: what perturbs each example's gradient. The default relates the noise to the example's own gradient;
     `GaussianNoise(std=...)` is the same noise for all.
     `exact`: also solve for the predicted error (I2F) itself, in float64 where the Jacobian is small enough to be
@@ -457,7 +458,7 @@ def _segments(data: Any, size: int) -> Iterator[Batch]:
     else:
         raise InputError(
             "`data` must be a Dataset, an iterable of (inputs, targets) such as a DataLoader, a pair of tensors or "
-            f"gradguard.data.Pictures, got {type(data).__name__}."
+            f"gradguard.zoo.pictures.Pictures, got {type(data).__name__}."
         )
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from gradguard.data import digits, load_npz
-from gradguard.models import digits_convnet
+from gradguard.zoo.models import digits_convnet
+from gradguard.zoo.pictures import digits, load_npz
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("GRADGUARD_DATA", ROOT.parent / "shared" / "data"))

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.functional import jacobian
 
-from gradguard import models
 from gradguard.chain import Affine, LayerSystem, all_parameters, few_threads, links, walk, walk_graph
 from gradguard.errors import InputError, UnsupportedModelError
-from gradguard.gradients import LossGradient
+from gradguard.functional.loss_gradient import LossGradient
 from gradguard.linalg.cgls import cgls
+from gradguard.zoo import models
 
 
 def chain_of(model, input_shape, **options):

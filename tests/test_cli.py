@@ -10,12 +10,12 @@ from click.testing import CliRunner
 
 from gradguard import LossGradient, load_gradient, save_gradient
 from gradguard.cli import main
-from gradguard.data import digits
-from gradguard.models import digits_convnet
+from gradguard.zoo.models import digits_convnet
+from gradguard.zoo.pictures import digits
 
 FACTORY = """
 import torch
-from gradguard.models import digits_convnet
+from gradguard.zoo.models import digits_convnet
 
 
 def make():
@@ -127,7 +127,7 @@ def test_data_of_ones_own(model_file, tmp_path):
     [
         (("audit", "--model", "nothing"), "`--model` must be one of"),
         (("audit", "--model", "missing.py:make"), "There is no Python file 'missing.py'"),
-        (("audit", "--model", "gradguard.models:nope"), "nope"),
+        (("audit", "--model", "gradguard.zoo.models:nope"), "nope"),
         (("audit", "--model", "digits", "--data", "missing.npz"), "There is no data file 'missing.npz'"),
         (("audit", "--model", "digits", "--weights", "missing.safetensors"), "There is no gradient file"),
         (("audit", "--model", "digits", "--device", "cuda:99"), "`--device cuda:99` cannot be used here"),
@@ -135,7 +135,7 @@ def test_data_of_ones_own(model_file, tmp_path):
         (("audit", "--model", "digits", "--defense", "prior", "--strength", "-1"), "`noise_ratio` must be positive"),
         (("check", "missing.safetensors", "--model", "digits"), "There is no gradient file"),
         (("rank", "--model", "digits", "--input-shape", "a,b"), "`--input-shape` must be positive integers"),
-        (("rank", "--model", "gradguard.models:digits_convnet"), "`--input-shape` is needed"),
+        (("rank", "--model", "gradguard.zoo.models:digits_convnet"), "`--input-shape` is needed"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(arguments, message):

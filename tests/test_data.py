@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gradguard import InputError
-from gradguard.data import Pictures, digits, load_npz, photos
+from gradguard.zoo.pictures import Pictures, digits, load_npz, photos
 
 
 def save(path, **arrays):

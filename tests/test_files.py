@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from gradguard import InputError, LossGradient, load_gradient, save_gradient
-from gradguard.files import atomic_path, load_weights, write_text
-from gradguard.gradients import flatten, unflatten
-from gradguard.models import digits_convnet
+from gradguard.functional.vectors import flatten, unflatten
+from gradguard.storage.files import atomic_path, load_weights, write_text
+from gradguard.zoo.models import digits_convnet
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_gradient_that_cannot_be_written_leaves_the_old_one(tmp_path, gradient
         filename.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("gradguard.files.safetensors.torch.save_file", half)
+    monkeypatch.setattr("gradguard.storage.files.safetensors.torch.save_file", half)
     with pytest.raises(OSError, match="no space left"):
         save_gradient(path, {n: 2 * g for n, g in gradient.items()})
     assert torch.equal(load_gradient(path)["0.weight"], gradient["0.weight"])

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from gradguard import InputError
-from gradguard.folder import PictureFolder
+from gradguard.zoo.picture_folder import PictureFolder
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from gradguard import InputError, LossGradient, UnsupportedModelError
-from gradguard.gradients import flatten, norm, unflatten
+from gradguard.functional.vectors import flatten, norm, unflatten
 from references import flat_gradient
 
 

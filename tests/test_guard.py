@@ -7,9 +7,10 @@ from torch import nn
 from gradguard import Guard, InputError, InputJacobian, Policy, ThreatModel
 from gradguard.attacks import DLG, ILRG, RGAP
 from gradguard.defenses import GaussianNoise, PriorNoise
-from gradguard.gradients import LossGradient, add, flatten, norm
+from gradguard.evaluation.scoring import observe
+from gradguard.functional.loss_gradient import LossGradient
+from gradguard.functional.vectors import add, flatten, norm
 from gradguard.leakage import influence
-from gradguard.verification import observe
 
 ATTACKS = (RGAP(), DLG(restarts=2), ILRG())
 

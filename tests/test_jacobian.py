@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from gradguard import InputError, InputJacobian, LossGradient
-from gradguard.gradients import flatten
-from gradguard.models import cnn6, digits_convnet, fcn
+from gradguard.functional.vectors import flatten
+from gradguard.zoo.models import cnn6, digits_convnet, fcn
 from references import dense_jacobian
 
 
@@ -126,7 +126,7 @@ def test_binary_models(digit_pictures):
 
 
 def test_photographs_in_colour():
-    from gradguard.data import photos
+    from gradguard.zoo.pictures import photos
 
     torch.manual_seed(0)
     model = cnn6(num_classes=10, head_bias=True).double()

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradguard import InputJacobian, LossGradient
-from gradguard.gradients import flatten
-from gradguard.linearisation import Linearisation
-from gradguard.models import digits_convnet, fcn, lenet, resnet
+from gradguard.functional.layer_by_layer import Linearisation
+from gradguard.functional.vectors import flatten
+from gradguard.zoo.models import digits_convnet, fcn, lenet, resnet
 from references import dense_jacobian
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from gradguard import InputError, LossGradient
-from gradguard.linearisation import is_bilinear
-from gradguard.models import (
+from gradguard.functional.layer_by_layer import is_bilinear
+from gradguard.zoo.models import (
     ACTIVATIONS,
     NAMED,
     Normalised,

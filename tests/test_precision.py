@@ -2,9 +2,9 @@ import torch
 from torch import nn
 
 from gradguard import InputJacobian, LossGradient
+from gradguard.functional.precision import full_precision
 from gradguard.leakage import influence_lower_bound
-from gradguard.models import digits_convnet
-from gradguard.precision import full_precision
+from gradguard.zoo.models import digits_convnet
 
 
 def test_autocast_around_changes_no_answer(digit_pictures, cross_entropy):

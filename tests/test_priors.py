@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gradguard import InputError
-from gradguard.priors import PowerLawPrior, dct_matrix
+from gradguard.linalg.covariances import PowerLawPrior, dct_matrix
 
 
 def dense(prior, shape):

@@ -6,7 +6,7 @@ import weakref
 from torch import nn
 
 from gradguard import LossGradient
-from gradguard.remembered import remembered
+from gradguard.functional.remembered import remembered
 
 
 class WithLoss(nn.Module):

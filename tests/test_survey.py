@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import gradguard as gg
 from gradguard import InputError, Survey, survey
-from gradguard.data import Pictures
 from gradguard.defenses import GaussianNoise, PriorNoise, Pruning, SmallEigenspaceNoise
-from gradguard.models import digits_convnet
 from gradguard.report.survey_report import DTYPES, EXPOSED_IS_HIGH, NO_CLASS
 from gradguard.survey import _Measurement, _seed_of
+from gradguard.zoo.models import digits_convnet
+from gradguard.zoo.pictures import Pictures
 from references import dense_influence, dense_jacobian, flat_gradient
 
 MODULE = sys.modules["gradguard.survey"]  # the package's own `survey` is the function

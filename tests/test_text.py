@@ -6,10 +6,11 @@ from torch.func import functional_call, grad, jvp, vmap
 
 from gradguard import InputError, InputJacobian, LossGradient, UnsupportedModelError
 from gradguard.attacks import DLG, Observation
-from gradguard.gradients import add, check_labels, flatten
+from gradguard.functional.checks import check_labels
+from gradguard.functional.vectors import add, flatten
 from gradguard.leakage import influence, influence_lower_bound
-from gradguard.models import gpt
-from gradguard.text import (
+from gradguard.zoo.models import gpt
+from gradguard.zoo.text import (
     Characters,
     centred,
     decode,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gradguard.attacks.matching.engine import MatchingAttack, UnknownLabels
-from gradguard.attacks.matching.lbfgs import LBFGS
-from gradguard.attacks.matching.search import Optimiser
+from gradguard.attacks._matching.engine import MatchingAttack, UnknownLabels
+from gradguard.attacks._matching.lbfgs import LBFGS
+from gradguard.attacks._matching.search import Optimiser
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from gradguard.attacks.matching.adam import Adam
-from gradguard.attacks.matching.engine import MatchingAttack
-from gradguard.attacks.matching.penalties import (
+from gradguard.attacks._matching.adam import Adam
+from gradguard.attacks._matching.engine import MatchingAttack
+from gradguard.attacks._matching.penalties import (
     BatchNormStatistics,
     GroupConsistency,
     Penalty,
     SquaredNorm,
     TotalVariation,
 )
-from gradguard.attacks.matching.search import Optimiser
+from gradguard.attacks._matching.search import Optimiser
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradguard.attacks.base import Observation, Reconstruction
-from gradguard.attacks.closed_form.heads import Head
-from gradguard.attacks.closed_form.rgap_descent import Descent
-from gradguard.attacks.closed_form.rgap_layer import LayerSolver, Solved
-from gradguard.attacks.closed_form.rgap_problem import Problem
+from gradguard.attacks._closed_form.heads import Head
+from gradguard.attacks._closed_form.rgap_descent import Descent
+from gradguard.attacks._closed_form.rgap_layer import LayerSolver, Solved
+from gradguard.attacks._closed_form.rgap_problem import Problem
 from gradguard.attacks.rgap import RGAP
 from gradguard.chain import Activation, Affine, Residual
 from gradguard.errors import InputError
 from gradguard.linalg import LinearOperator
 from gradguard.linalg.cgls import cgls
-from gradguard.priors import PowerLawPrior
+from gradguard.linalg.covariances import PowerLawPrior
+from gradguard.threats.observation import Observation, Reconstruction
 
 #: Singular values below this are none, for rows of norm 1.
 _NO_EQUATION = 1e-6

@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from gradguard.attacks.base import Attack, Observation, Reconstruction
-from gradguard.attacks.labels.classification_head import observed_head
-from gradguard.attacks.labels.counts import idlg_label, labels_of, restore_label_counts, sparsified
-from gradguard.attacks.labels.inference import solve_observed_system
+from gradguard.attacks._labels.classification_head import observed_head
+from gradguard.attacks._labels.counts import idlg_label, labels_of, restore_label_counts, sparsified
+from gradguard.attacks._labels.inference import solve_observed_system
+from gradguard.attacks.base import Attack
 from gradguard.errors import InputError
+from gradguard.threats.observation import Observation, Reconstruction
 
 
 @dataclass(frozen=True, kw_only=True)

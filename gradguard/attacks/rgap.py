@@ -13,14 +13,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from gradguard.attacks.base import Attack, Observation, Reconstruction
-from gradguard.attacks.closed_form.heads import Head
-from gradguard.attacks.closed_form.rgap_batch import check_batch, examples, first_layer
-from gradguard.attacks.closed_form.rgap_descent import Descent, is_short
-from gradguard.attacks.closed_form.rgap_layer import EXACT, LayerSolver
-from gradguard.attacks.closed_form.rgap_problem import PERFECT, Problem, Trial
+from gradguard.attacks._closed_form.heads import Head
+from gradguard.attacks._closed_form.rgap_batch import check_batch, examples, first_layer
+from gradguard.attacks._closed_form.rgap_descent import Descent, is_short
+from gradguard.attacks._closed_form.rgap_layer import EXACT, LayerSolver
+from gradguard.attacks._closed_form.rgap_problem import PERFECT, Problem, Trial
+from gradguard.attacks.base import Attack
 from gradguard.chain import few_threads, walk
 from gradguard.errors import InputError
+from gradguard.threats.observation import Observation, Reconstruction
 
 
 @dataclass(frozen=True, kw_only=True)

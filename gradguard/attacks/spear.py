@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from gradguard.attacks.base import Attack, Observation, Reconstruction
-from gradguard.attacks.closed_form.rgap_problem import PERFECT
-from gradguard.attacks.closed_form.sparse_columns import SparseColumns, factors
-from gradguard.attacks.closed_form.spear_problem import Disaggregated, Disaggregation
+from gradguard.attacks._closed_form.rgap_problem import PERFECT
+from gradguard.attacks._closed_form.sparse_columns import SparseColumns, factors
+from gradguard.attacks._closed_form.spear_problem import Disaggregated, Disaggregation
+from gradguard.attacks.base import Attack
 from gradguard.errors import InputError
+from gradguard.threats.observation import Observation, Reconstruction
 
 #: Draws at a time: the first, and the most.
 _FIRST, _MOST = 1024, 8192

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from gradguard.attacks import Attack
 from gradguard.defenses import Defense
-from gradguard.gradients import LossFunction, flatten
+from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.loss_gradient import LossFunction
+from gradguard.functional.vectors import flatten
 from gradguard.guard import Guard
-from gradguard.jacobian import InputJacobian
-from gradguard.policy import ThreatModel
 from gradguard.report import LeakageReport
 from gradguard.report.leakage_report import Case
+from gradguard.threats.model import ThreatModel
 
 #: Train with a defense (or none) and return a score, for instance the accuracy in [0, 1].
 Training = Callable[[Defense | None], float]

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from gradguard.defenses import GaussianNoise
 from gradguard.errors import InputError
-from gradguard.gradients import LossFunction, LossGradient
-from gradguard.jacobian import InputJacobian
+from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.loss_gradient import LossFunction, LossGradient
 from gradguard.leakage import influence, influence_lower_bound
 from gradguard.leakage.influence import fits_dense
 from gradguard.report.theme import FONT, LIGHT, WIDTH, Theme, set_text, short, sparse_log_ticks, style_axes, title_style

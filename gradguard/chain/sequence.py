@@ -10,7 +10,8 @@ from torch import Tensor
 from gradguard.chain.activation import Activation, Shape
 from gradguard.chain.steps import Affine, MaxPool, MeanPool, Residual, Step, Sum
 from gradguard.errors import UnsupportedModelError
-from gradguard.gradients import Gradient, LossGradient
+from gradguard.functional.loss_gradient import LossGradient
+from gradguard.functional.vectors import Gradient
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from gradguard.chain.steps import (
     Tail,
 )
 from gradguard.errors import InputError, UnsupportedModelError
-from gradguard.gradients import LossGradient
-from gradguard.remembered import remembered
+from gradguard.functional.loss_gradient import LossGradient
+from gradguard.functional.remembered import remembered
 
 _WAY_OUT = (
     "R-GAP walks Linear, Conv2d, elementwise activations, batch normalisation in eval mode, average pooling and "

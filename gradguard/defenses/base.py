@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gradguard.errors import InputError
-from gradguard.gradients import Gradient, add, check_gradient, norm
-from gradguard.jacobian import InputJacobian
+from gradguard.functional.checks import check_gradient
+from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.vectors import Gradient, add, norm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from gradguard.defenses.base import Defense, randn, require_positive, scaled_to
 from gradguard.errors import InputError
-from gradguard.gradients import Gradient, norm
-from gradguard.jacobian import InputJacobian
+from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.vectors import Gradient, norm
 from gradguard.leakage.influence import fits_dense
 from gradguard.leakage.spectrum import spectrum
-from gradguard.priors import PowerLawPrior
+from gradguard.linalg.covariances import PowerLawPrior
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from gradguard.defenses.base import Defense, randn, require_positive
 from gradguard.errors import InputError
-from gradguard.gradients import Gradient, norm
-from gradguard.jacobian import InputJacobian
+from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.vectors import Gradient, norm
 
 
 @dataclass(frozen=True, kw_only=True)

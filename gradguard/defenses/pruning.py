@@ -8,8 +8,8 @@ import torch
 
 from gradguard.defenses.base import Defense
 from gradguard.errors import InputError
-from gradguard.gradients import Gradient, flatten, unflatten
-from gradguard.jacobian import InputJacobian
+from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.vectors import Gradient, flatten, unflatten
 
 
 @dataclass(frozen=True, kw_only=True)

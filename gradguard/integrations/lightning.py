@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradguard.errors import InputError
-from gradguard.gradients import Gradient, LossFunction, LossGradient, add, norm
+from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.loss_gradient import LossFunction, LossGradient
+from gradguard.functional.vectors import Gradient, add, norm
 from gradguard.guard import Guard
-from gradguard.jacobian import InputJacobian
 from gradguard.leakage import rank_check
 from gradguard.report import LeakageReport
 from gradguard.report.leakage_report import Case

@@ -17,7 +17,7 @@ from torch import nn
 
 from gradguard.chain import Affine, ChannelScale, Graph, walk_graph
 from gradguard.errors import InputError
-from gradguard.gradients import LossGradient
+from gradguard.functional.loss_gradient import LossGradient
 from gradguard.leakage.rank import RankAnalysis, Verdict, rank_analysis
 
 Change = Literal["filters", "stride", "kernel"]

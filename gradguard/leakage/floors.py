@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from gradguard.errors import InputError
-from gradguard.gradients import Gradient, flatten
-from gradguard.jacobian import InputJacobian
+from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.vectors import Gradient, flatten
 from gradguard.leakage.influence import fits_dense
 from gradguard.leakage.spectrum import GRAM_SIZE, dense_eigenpairs, gram_eigenpairs, gram_matrix, probe
 from gradguard.linalg import LinearOperator, mean_and_error, random_signs
-from gradguard.priors import PowerLawPrior
+from gradguard.linalg.covariances import PowerLawPrior
 
 Variance = float | Mapping[str, float | Tensor]
 Method = Literal["auto", "dense", "gram", "lanczos"]

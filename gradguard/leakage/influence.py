@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from gradguard.errors import InputError
-from gradguard.gradients import Gradient, flatten
-from gradguard.jacobian import InputJacobian
+from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.vectors import Gradient, flatten
 from gradguard.linalg import (
     dense_least_squares,
     lanczos_solve,

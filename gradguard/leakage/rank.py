@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from gradguard.chain import Activation, Affine, ChannelScale, Graph, MaxPool, MeanPool, Reshape, Sum, Tail, walk_graph
 from gradguard.errors import InputError
-from gradguard.gradients import Gradient, LossGradient
+from gradguard.functional.loss_gradient import LossGradient
+from gradguard.functional.vectors import Gradient
 from gradguard.leakage.constraint_rank import ConstraintRank, pool_rank
 
 if TYPE_CHECKING:

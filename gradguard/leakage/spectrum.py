@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradguard.errors import InputError
-from gradguard.jacobian import InputJacobian
+from gradguard.functional.jacobian import InputJacobian
 from gradguard.leakage.influence import fits_dense
 from gradguard.linalg import (
     FunctionProduct,

@@ -18,12 +18,12 @@ import matplotlib.image
 from torch import Tensor
 
 from gradguard.errors import InputError
-from gradguard.files import atomic_path, write_text
 from gradguard.report import summaries as s
 from gradguard.report.leakage_report import Case, LeakageReport
 from gradguard.report.pictures import as_picture, is_picture
 from gradguard.report.plots import PARTS, Part, draw_part
 from gradguard.report.theme import DARK, LIGHT, Theme
+from gradguard.storage.files import atomic_path, write_text
 
 #: Pixels per inch: embedded figures are shown at 100, so that they stay sharp on dense screens.
 EMBEDDED_DPI, PLAIN_DPI = 180, 150

@@ -7,12 +7,12 @@ import io
 from pathlib import Path
 
 from gradguard.errors import InputError
-from gradguard.files import atomic_path, write_text
 from gradguard.report.html import template
 from gradguard.report.survey_plots import plot_survey
 from gradguard.report.survey_report import Survey
 from gradguard.report.survey_tables import MEASURES, survey_words
 from gradguard.report.theme import DARK, LIGHT, Theme
+from gradguard.storage.files import atomic_path, write_text
 
 #: Rows of the table of examples on the page.
 EXAMPLE_ROWS = 20

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from gradguard.errors import InputError
-from gradguard.files import atomic_path
 from gradguard.report.leakage_report import _plain
+from gradguard.storage.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,9 +7,9 @@ from torch import nn
 
 from gradguard import InputError, LossGradient
 from gradguard.attacks import DLG, IDLG, InvertingGradients, Observation
-from gradguard.gradients import add, norm
+from gradguard.functional.vectors import add, norm
 from gradguard.leakage import fidelity
-from gradguard.models import digits_convnet, lenet, uniform_init_
+from gradguard.zoo.models import digits_convnet, lenet, uniform_init_
 from references import psnr
 
 

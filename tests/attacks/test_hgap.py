@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from gradguard import models
 from gradguard.attacks import HGAP, RGAP, Observation
 from gradguard.attacks.hgap import linearise, null_space
 from gradguard.chain.links import leaky_relu
 from gradguard.errors import InputError
-from gradguard.gradients import LossGradient, add, norm
+from gradguard.functional.loss_gradient import LossGradient
+from gradguard.functional.vectors import add, norm
 from gradguard.linalg import LinearOperator
+from gradguard.zoo import models
 from references import psnr
 
 BCE = nn.BCEWithLogitsLoss()

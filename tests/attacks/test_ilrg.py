@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from gradguard import InputError, LossGradient, UnsupportedModelError
-from gradguard.attacks.base import Observation
+from gradguard.attacks._labels.counts import restore_label_counts, update_label_counts
+from gradguard.attacks._labels.inference import infer_labels
 from gradguard.attacks.ilrg import ILRG, IDLGLabel
-from gradguard.attacks.labels.counts import restore_label_counts, update_label_counts
-from gradguard.attacks.labels.inference import infer_labels
-from gradguard.data import digits, load_npz
 from gradguard.leakage.labels import LabelRecovery, count_labels, label_recovery
-from gradguard.models import fcn
+from gradguard.threats.observation import Observation
+from gradguard.zoo.models import fcn
+from gradguard.zoo.pictures import digits, load_npz
 
 DATA = Path(os.environ.get("GRADGUARD_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 #: Mean and standard deviation per channel, as the authors normalise.

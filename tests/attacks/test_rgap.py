@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from gradguard import models
 from gradguard.attacks import RGAP, Observation
-from gradguard.attacks.closed_form.rgap_layer import LayerSolver, natural_damping
+from gradguard.attacks._closed_form.rgap_layer import LayerSolver, natural_damping
 from gradguard.chain import walk
-from gradguard.data import photos
 from gradguard.errors import InputError, UnsupportedModelError
-from gradguard.gradients import LossGradient
+from gradguard.functional.loss_gradient import LossGradient
+from gradguard.zoo import models
+from gradguard.zoo.pictures import photos
 
 BCE = nn.BCEWithLogitsLoss()
 CE = nn.CrossEntropyLoss()
@@ -556,7 +556,7 @@ def test_damping_by_itself_is_as_good_as_the_best_fixed_one(noise, at_least, mon
     assert any(row["crossed"] for row in automatic.details["layers"])
     assert all(row["damping"] > 0 for row in automatic.details["layers"])
     with monkeypatch.context() as patch:
-        patch.setattr("gradguard.attacks.closed_form.rgap_layer._ROUNDS", 0)
+        patch.setattr("gradguard.attacks._closed_form.rgap_layer._ROUNDS", 0)
         fixed = [psnr(RGAP(damping=d)(observation).inputs, x) for d in (0.0, 1e-2, 1e-1)]
     assert psnr(automatic.inputs, x) > max(fixed)
 
@@ -599,7 +599,7 @@ def test_a_unit_that_rounding_puts_on_the_wrong_side_of_its_kink(digit_pictures,
         crossed += sum(row["crossed"] for row in result.details["layers"])
         recovered.append(psnr(result.inputs, x))
         with monkeypatch.context() as patch:
-            patch.setattr("gradguard.attacks.closed_form.rgap_layer._ROUNDS", 0)
+            patch.setattr("gradguard.attacks._closed_form.rgap_layer._ROUNDS", 0)
             without.append(psnr(RGAP()(observation).inputs, x))
     assert crossed == 1
     assert min(recovered) > 120

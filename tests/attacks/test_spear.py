@@ -6,10 +6,10 @@ from torch import nn
 
 import gradguard as gg
 from gradguard.attacks import SPEAR, Observation
-from gradguard.attacks.closed_form.sparse_columns import SparseColumns, factors
+from gradguard.attacks._closed_form.sparse_columns import SparseColumns, factors
 from gradguard.errors import InputError, UnsupportedModelError
-from gradguard.gradients import LossGradient
-from gradguard.models import fcn, lenet
+from gradguard.functional.loss_gradient import LossGradient
+from gradguard.zoo.models import fcn, lenet
 
 CE = nn.CrossEntropyLoss()
 

@@ -10,7 +10,7 @@ from gradguard import InputJacobian, LossGradient, ThreatModel
 from gradguard.attacks import DLG, ILRG
 from gradguard.benchmark import compare
 from gradguard.defenses import GaussianNoise, PriorNoise, Pruning
-from gradguard.gradients import flatten
+from gradguard.functional.vectors import flatten
 
 ATTACKS = (DLG(restarts=1, evaluations=60, polish=5), ILRG())
 DEFENSES = (GaussianNoise(noise_ratio=0.3), PriorNoise(noise_ratio=0.5))

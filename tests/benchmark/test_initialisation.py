@@ -10,7 +10,7 @@ from torch import nn
 from gradguard import InputError, LossGradient
 from gradguard.benchmark import INITIALISATIONS, InitialisationComparison, compare_initialisations
 from gradguard.benchmark.initialisation import normal_, uniform_
-from gradguard.models import fcn, resnet
+from gradguard.zoo.models import fcn, resnet
 
 MODELS = {
     "wide": partial(fcn, (64, 24, 10), activation="sigmoid", bias=True),

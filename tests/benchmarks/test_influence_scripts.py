@@ -6,7 +6,7 @@ import torch
 from gradguard import InputJacobian, LossGradient
 from gradguard.attacks import Observation
 from gradguard.defenses import GaussianNoise, Pruning
-from gradguard.gradients import add
+from gradguard.functional.vectors import add
 from gradguard.leakage import influence
 from influence_agreement import SMOOTH, Case, ContinuedDLG, moving, perturbations, pruned_fraction, resized
 from reproduce_i2f import DEVIATION, MEAN, scores

@@ -11,9 +11,9 @@ from torch import nn
 import reproduce_matching
 from common import benchmark_parser
 from gradguard.attacks import IDLG, InvertingGradients
-from gradguard.data import digits
-from gradguard.local_training import LocalTraining
-from gradguard.models import digits_convnet
+from gradguard.functional.local_training import LocalTraining
+from gradguard.zoo.models import digits_convnet
+from gradguard.zoo.pictures import digits
 from reproduce_matching import PARTS, attacked, best, gains, label_share, problem, psnrs
 
 

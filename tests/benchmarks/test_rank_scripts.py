@@ -8,9 +8,9 @@ from torch import nn
 
 from common import benchmark_parser
 from gradguard.attacks import RGAP
-from gradguard.gradients import norm
+from gradguard.functional.vectors import norm
 from gradguard.leakage import rank_analysis
-from gradguard.models import digits_convnet
+from gradguard.zoo.models import digits_convnet
 from rank_advice import trained
 from rank_verdicts import CASES, GREY, attacked, cnn6_at, convnet, observed
 from rgap_noise import eight_bits, noisy
@@ -67,7 +67,7 @@ def test_cnn6_takes_other_sizes():
 
 
 def test_training_learns_and_follows_the_seed(options):
-    from gradguard.data import digits
+    from gradguard.zoo.pictures import digits
 
     first, again = (trained(options, digits_convnet, digits(), 0, 150) for _ in range(2))
     assert first == again > 0.7

@@ -9,9 +9,9 @@ from torch import nn
 from gradguard import InputError, InputJacobian, LossGradient
 from gradguard.defenses import GaussianNoise, PriorNoise, Pruning, SmallEigenspaceNoise
 from gradguard.defenses.base import randn
-from gradguard.gradients import flatten, norm
+from gradguard.functional.vectors import flatten, norm
 from gradguard.leakage import influence
-from gradguard.priors import PowerLawPrior
+from gradguard.linalg.covariances import PowerLawPrior
 
 DIRECTIONAL = [
     PriorNoise(noise_ratio=0.3),

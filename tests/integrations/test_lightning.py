@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gradguard import Guard, InputError, ThreatModel, UnsupportedModelError
 from gradguard.attacks import DLG, ILRG
-from gradguard.data import digits
 from gradguard.defenses import Defense, GaussianNoise, PriorNoise
 from gradguard.demo import Demo, DigitsModule, accuracy
-from gradguard.gradients import flatten
+from gradguard.functional.vectors import flatten
 from gradguard.integrations.lightning import GradGuard
+from gradguard.zoo.pictures import digits
 
 QUICK = DLG(restarts=2, evaluations=60, polish=10)
 

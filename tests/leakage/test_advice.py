@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from gradguard import models
 from gradguard.errors import InputError
 from gradguard.leakage import advice, advised, rank_analysis
+from gradguard.zoo import models
 
 
 def test_lenet_s_first_layer_with_fewer_filters():

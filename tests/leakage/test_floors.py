@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from gradguard import InputError, InputJacobian, LossGradient
-from gradguard.gradients import flatten
+from gradguard.functional.vectors import flatten
 from gradguard.leakage import bayes_floor, cramer_rao_floor, spectrum
-from gradguard.models import digits_convnet, fcn, lenet, uniform_init_
-from gradguard.priors import PowerLawPrior
+from gradguard.linalg.covariances import PowerLawPrior
+from gradguard.zoo.models import digits_convnet, fcn, lenet, uniform_init_
 from references import dense_jacobian
 
 PRIOR = PowerLawPrior()

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from gradguard import InputError, InputJacobian, LossGradient
-from gradguard.gradients import flatten
+from gradguard.functional.vectors import flatten
 from gradguard.leakage import influence, influence_lower_bound, spectrum
-from gradguard.models import digits_convnet, lenet, uniform_init_
+from gradguard.zoo.models import digits_convnet, lenet, uniform_init_
 from references import dense_influence, dense_jacobian
 
 MODELS = {

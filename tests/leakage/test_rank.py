@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from gradguard import models
 from gradguard.chain import LayerSystem, walk
 from gradguard.errors import InputError, UnsupportedModelError
-from gradguard.gradients import LossGradient
+from gradguard.functional.loss_gradient import LossGradient
 from gradguard.leakage.constraint_rank import ConstraintRank
 from gradguard.leakage.rank import _blocking_filters, rank_analysis, rank_check
+from gradguard.zoo import models
 
 # DESIGN.md, section 4.1: unknowns, outputs, weights, rank W, rank K, rank of both, deficit.
 CNN6 = {

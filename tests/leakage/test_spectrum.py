@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 
 from gradguard import InputError, InputJacobian, LossGradient
 from gradguard.leakage import spectral_density, spectrum
-from gradguard.models import fcn, lenet, uniform_init_
+from gradguard.zoo.models import fcn, lenet, uniform_init_
 
 
 def seeded(seed=0):

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from gradguard.data import digits
 from gradguard.leakage.fidelity import fidelity
 from gradguard.report import AttackScore, LabelScore, LeakageReport, Verdict
 from gradguard.report.leakage_report import Case
+from gradguard.zoo.pictures import digits
 
 #: The example, as index into the batch, that attacks get better than the others.
 EXPOSED = 2

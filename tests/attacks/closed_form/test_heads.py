@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradguard.attacks.closed_form import heads
+from gradguard.attacks._closed_form import heads
 
 
 def random(*shape, seed=0):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gradguard import InputError
-from gradguard.attacks.labels.baselines import gi_counts, llg_counts, llg_statistics, rlg_counts
+from gradguard.attacks._labels.baselines import gi_counts, llg_counts, llg_statistics, rlg_counts
 from gradguard.leakage.labels import count_labels
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradguard import InputError, LossGradient, UnsupportedModelError
-from gradguard.attacks.labels.classification_head import ClassificationHead, check_cross_entropy, classification_head
-from gradguard.attacks.labels.counts import (
+from gradguard.attacks._labels.classification_head import ClassificationHead, check_cross_entropy, classification_head
+from gradguard.attacks._labels.counts import (
     centred_class_embeddings,
     class_embeddings,
     class_probabilities,

@@ -6,10 +6,10 @@ from torch import nn
 
 from gradguard import LossGradient
 from gradguard.attacks import ILRG, Observation
-from gradguard.attacks.labels.inference import infer_labels
-from gradguard.data import digits
-from gradguard.local_training import LocalTraining
-from gradguard.models import fcn
+from gradguard.attacks._labels.inference import infer_labels
+from gradguard.functional.local_training import LocalTraining
+from gradguard.zoo.models import fcn
+from gradguard.zoo.pictures import digits
 
 
 def observe(model, inputs, labels, local=None):

@@ -9,13 +9,13 @@ from torch import nn
 
 from gradguard import InputError, LossGradient
 from gradguard.attacks import ILRG, LabelSystem
-from gradguard.attacks.base import Observation
-from gradguard.attacks.labels.counts import restore_label_counts, sparsified
-from gradguard.attacks.labels.space import class_violations, head_space, possible_classes
-from gradguard.attacks.labels.system import accepted, explain, single_examples, solve_label_system
-from gradguard.data import digits
+from gradguard.attacks._labels.counts import restore_label_counts, sparsified
+from gradguard.attacks._labels.space import class_violations, head_space, possible_classes
+from gradguard.attacks._labels.system import accepted, explain, single_examples, solve_label_system
 from gradguard.leakage.labels import count_labels, label_recovery
-from gradguard.models import fcn
+from gradguard.threats.observation import Observation
+from gradguard.zoo.models import fcn
+from gradguard.zoo.pictures import digits
 
 
 def confident(batch=8, classes=40, width=20, seed=0, nonnegative=False, repeat=False):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradguard import InputError
-from gradguard.attacks.matching.adam import Adam
+from gradguard.attacks._matching.adam import Adam
 
 
 def valley(x):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradguard import InputError
-from gradguard.attacks.matching.distances import CosineDistance, MahalanobisDistance, SquaredDistance
+from gradguard.attacks._matching.distances import CosineDistance, MahalanobisDistance, SquaredDistance
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from torch import nn
 
 from gradguard import InputError, LossGradient
 from gradguard.attacks import DLG, InvertingGradients, Observation
-from gradguard.attacks.matching.distances import CosineDistance, SquaredDistance
-from gradguard.attacks.matching.penalties import total_variation
-from gradguard.gradients import flatten
+from gradguard.attacks._matching.distances import CosineDistance, SquaredDistance
+from gradguard.attacks._matching.penalties import total_variation
+from gradguard.functional.vectors import flatten
 from references import loss_of, psnr
 
 

@@ -5,7 +5,7 @@ import torch
 from scipy.optimize import minimize
 from torch.func import grad_and_value, vmap
 
-from gradguard.attacks.matching.lbfgs import lbfgs
+from gradguard.attacks._matching.lbfgs import lbfgs
 
 CONDITIONS = (1.0, 1e2, 1e4, 1e6)
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from gradguard import InputJacobian, LossGradient
 from gradguard.attacks import Observation
-from gradguard.attacks.matching.levenberg_marquardt import levenberg_marquardt
-from gradguard.gradients import add, flatten, norm
+from gradguard.attacks._matching.levenberg_marquardt import levenberg_marquardt
+from gradguard.functional.vectors import add, flatten, norm
 from gradguard.leakage import influence
 from references import dense_jacobian, flat_gradient
 
@@ -47,7 +47,7 @@ def observation(convnet, cross_entropy, digit):
 def path(request, monkeypatch):
     """Both ways to take a step: the normal one for small inputs, and the one for large ones."""
     if request.param == "lsmr":
-        monkeypatch.setattr("gradguard.attacks.matching.levenberg_marquardt.DENSE_SIZE", 0)
+        monkeypatch.setattr("gradguard.attacks._matching.levenberg_marquardt.DENSE_SIZE", 0)
     return request.param
 
 
@@ -78,20 +78,20 @@ def test_dense_and_lsmr_take_the_same_steps(observation, digit, monkeypatch, ite
     x, y = digit
     start, labels = around(x, distance=0.3), y.expand(3, 1)
     dense = levenberg_marquardt(observation, start, labels, iterations=iterations)
-    monkeypatch.setattr("gradguard.attacks.matching.levenberg_marquardt.DENSE_SIZE", 0)
-    monkeypatch.setattr("gradguard.attacks.matching.levenberg_marquardt.FORCING", 0.0)
+    monkeypatch.setattr("gradguard.attacks._matching.levenberg_marquardt.DENSE_SIZE", 0)
+    monkeypatch.setattr("gradguard.attacks._matching.levenberg_marquardt.FORCING", 0.0)
 
     def refuse(*args, **kwargs):
         raise AssertionError("the dense path was taken")
 
-    monkeypatch.setattr("gradguard.attacks.matching.levenberg_marquardt.dense_least_squares", refuse)
+    monkeypatch.setattr("gradguard.attacks._matching.levenberg_marquardt.dense_least_squares", refuse)
     krylov = levenberg_marquardt(observation, start, labels, iterations=iterations)
     torch.testing.assert_close(krylov.points, dense.points, rtol=0, atol=1e-6)
 
 
 def test_one_step_is_the_damped_normal_equations(convnet, cross_entropy, observation, digit, path, monkeypatch):
     """`(J J^T / |sent|^2 + mu) s = -J r / |sent|` with the first damping, by a dense solve."""
-    monkeypatch.setattr("gradguard.attacks.matching.levenberg_marquardt.FORCING", 0.0)
+    monkeypatch.setattr("gradguard.attacks._matching.levenberg_marquardt.FORCING", 0.0)
     x, y = digit
     start = around(x, trials=1)
     found = levenberg_marquardt(observation, start, y[None], iterations=1)
@@ -153,7 +153,7 @@ def test_steps_are_solved_as_far_as_they_are_worth(observation, digit, monkeypat
     """Far from the picture less far, and fewer products in all for the same end."""
     x, y = digit
     spent = []
-    monkeypatch.setattr("gradguard.attacks.matching.levenberg_marquardt.DENSE_SIZE", 0)
+    monkeypatch.setattr("gradguard.attacks._matching.levenberg_marquardt.DENSE_SIZE", 0)
     solve = levenberg_marquardt.__globals__["lsmr"]
 
     def counted(*args, **kwargs):
@@ -161,9 +161,9 @@ def test_steps_are_solved_as_far_as_they_are_worth(observation, digit, monkeypat
         spent.append(solution.iterations)
         return solution
 
-    monkeypatch.setattr("gradguard.attacks.matching.levenberg_marquardt.lsmr", counted)
+    monkeypatch.setattr("gradguard.attacks._matching.levenberg_marquardt.lsmr", counted)
     for forcing in (0.0, 0.1):
-        monkeypatch.setattr("gradguard.attacks.matching.levenberg_marquardt.FORCING", forcing)
+        monkeypatch.setattr("gradguard.attacks._matching.levenberg_marquardt.FORCING", forcing)
         found = levenberg_marquardt(observation, around(x, trials=1), y[None])
         assert found.values.max() < 1e-29
         if not forcing:

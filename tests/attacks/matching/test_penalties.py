@@ -6,15 +6,15 @@ from torch import nn
 
 from gradguard import InputError, LossGradient
 from gradguard.attacks import GradientMatching, GradInversion, Observation
-from gradguard.attacks.matching.penalties import (
+from gradguard.attacks._matching.penalties import (
     BatchNormStatistics,
     GaussianPrior,
     GroupConsistency,
     SquaredNorm,
     TotalVariation,
 )
-from gradguard.attacks.matching.trials import Trials
-from gradguard.priors import PowerLawPrior
+from gradguard.attacks._matching.trials import Trials
+from gradguard.linalg.covariances import PowerLawPrior
 
 
 @pytest.fixture

@@ -18,12 +18,12 @@ from gradguard.attacks import (
     Observation,
     attack_candidates,
 )
-from gradguard.attacks.matching import run as matching_run
-from gradguard.attacks.matching.adam import Adam
-from gradguard.attacks.matching.distances import CosineDistance
-from gradguard.attacks.matching.lbfgs import LBFGSSearch
-from gradguard.gradients import flatten
-from gradguard.local_training import LocalTraining, surrogate_model
+from gradguard.attacks._matching import run as matching_run
+from gradguard.attacks._matching.adam import Adam
+from gradguard.attacks._matching.distances import CosineDistance
+from gradguard.attacks._matching.lbfgs import LBFGSSearch
+from gradguard.functional.local_training import LocalTraining, surrogate_model
+from gradguard.functional.vectors import flatten
 from references import flat_gradient, loss_of, psnr
 
 
@@ -192,7 +192,7 @@ def test_an_interrupted_polish_does_not_search_again(tmp_path, monkeypatch, obse
         raise StoppedError
 
     with monkeypatch.context() as context:
-        context.setattr("gradguard.attacks.matching.engine.levenberg_marquardt", killed)
+        context.setattr("gradguard.attacks._matching.engine.levenberg_marquardt", killed)
         with pytest.raises(StoppedError):
             attack.attack_all(observations, generator=gen(), checkpoint=path)
     monkeypatch.setattr(LBFGSSearch, "advance", killed)

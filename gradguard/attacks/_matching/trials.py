@@ -1,0 +1,183 @@
+"""The trials of a matching attack: all pictures' restarts as one batch of problems.
+
+Letters: `N` pictures (observations) under one model, `T` trials, `restarts` of them for each picture in turn.
+A trial's variables are one row: its inputs `(B, *input_shape)`, and behind them, where labels are sought beside
+inputs, their logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from gradguard.attacks._matching.distances import Distance, SquaredDistance
+from gradguard.attacks._matching.penalties import Penalty
+from gradguard.errors import InputError
+from gradguard.functional.layer_by_layer import Linearisation, is_bilinear
+from gradguard.functional.precision import full_precision
+from gradguard.functional.vectors import Gradient
+from gradguard.threats.observation import Observation
+
+#: Labels that are held fixed, one distribution per example beside its inputs, or one for the whole batch.
+LabelMode = Literal["given", "joint", "shared"]
+#: From a change of the gradients, `(T, *parameter_shape)` each, to that of the inputs and (or `None`) of the targets.
+PullBack = Callable[[Gradient], tuple[Tensor, Tensor | None]]
+
+
+class Trials:
+    """The matching problem of several observations.
+
+    `observations`: under one model, of one shape, all of one kind. `restarts`: trials per observation.
+    `labels`: `(N, B, ...)` to hold the trials to, or `None`: they are variables, as `label_mode` says.
+    `chunk_size`: trials at a time in a gradient; a bound on memory.
+    """
+
+    def __init__(
+        self,
+        observations: Sequence[Observation],
+        *,
+        restarts: int = 1,
+        labels: Tensor | None = None,
+        label_mode: LabelMode = "given",
+        distance: Distance | None = None,
+        penalties: Sequence[Penalty] = (),
+        chunk_size: int | None = None,
+    ) -> None:
+        first = observations[0]
+        check_alike(observations)
+        self.observation, self.restarts = first, restarts
+        self.function = first.loss_gradient
+        self.parameters = self.function.parameters()
+        self.shape = (first.batch_size, *first.input_shape)
+        self.value_range = first.value_range
+        self.labels, self.label_mode = labels, label_mode
+        self.num_classes = first.num_classes or 0
+        self.distance, self.penalties = distance or SquaredDistance(), tuple(penalties)
+        self.chunk_size = chunk_size
+        self.sent = {n: torch.stack([o.sent[n] for o in observations]).to(p) for n, p in self.parameters.items()}
+        #: Which picture each trial is of.
+        self.picture = torch.arange(len(observations), device=self.function.device).repeat_interleave(restarts)
+        self.distance.check(self.parameters)
+        for penalty in self.penalties:
+            penalty.check(self)
+
+    @property
+    def size(self) -> int:
+        """`B D`, the elements of a trial's inputs."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def logits_shape(self) -> tuple[int, ...]:
+        """Of a trial's label logits: `(B, C)`, `(C,)`, or `(0,)` where labels are held."""
+        shapes = {"given": (0,), "joint": (self.shape[0], self.num_classes), "shared": (self.num_classes,)}
+        return shapes[self.label_mode]
+
+    def inputs(self, points: Tensor) -> Tensor:
+        """`(T, B, *input_shape)`."""
+        return points[:, : self.size].unflatten(1, self.shape)
+
+    def targets(self, points: Tensor, rows: Tensor) -> Tensor:
+        """What the loss gets: the given labels, or the class probabilities `(T, B, C)` of the logits."""
+        if self.labels is not None:
+            return self.labels[self.picture[rows]]
+        probabilities = points[:, self.size :].unflatten(1, self.logits_shape).softmax(-1)
+        if self.label_mode == "shared":
+            probabilities = probabilities[:, None].expand(-1, self.shape[0], -1)
+        return probabilities
+
+    def hard_labels(self, points: Tensor, rows: Tensor) -> Tensor:
+        """The labels to report: the given ones, or the likeliest classes `(T, B)`."""
+        targets = self.targets(points, rows)
+        return targets if self.labels is not None else targets.argmax(-1)
+
+    # ------------------------------------------------------------------ the objective
+
+    @full_precision()
+    def value_and_gradient(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The objective of the trials `rows` (indices `(R,)`) at `points` `(R, n)`: `(R,)`, and its derivative."""
+        chunk = self.chunk_size or len(points)
+        parts = [self._matching(p, r) for p, r in zip(points.split(chunk), rows.split(chunk), strict=True)]
+        values, gradients = (torch.cat(part) for part in zip(*parts, strict=True))
+        if self.penalties:
+            x = self.inputs(points).detach().requires_grad_(True)
+            with torch.enable_grad():
+                penalty = torch.stack([penalty(x, self) for penalty in self.penalties]).sum(0)
+                (by_inputs,) = torch.autograd.grad(penalty.sum(), x)
+            values = values + penalty.detach()
+            gradients[:, : self.size] += by_inputs.flatten(1)
+        return values, gradients
+
+    def _matching(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        points = points.detach().requires_grad_(self.labels is None)
+        with torch.enable_grad():
+            targets = self.targets(points, rows)
+        own, pull_back = self.gradients(self.inputs(points).detach(), targets.detach())
+        leaves = {n: g.detach().requires_grad_(True) for n, g in own.items()}
+        with torch.enable_grad():
+            values = self.distance(leaves, self._sent(rows))
+            slopes = torch.autograd.grad(values.sum(), list(leaves.values()))
+        by_inputs, by_targets = pull_back(dict(zip(leaves, slopes, strict=True)))
+        gradient = by_inputs.flatten(1)
+        if self.labels is None:
+            assert by_targets is not None, "targets are variables"
+            (by_logits,) = torch.autograd.grad(targets, points, by_targets)
+            gradient = torch.cat([gradient, by_logits[:, self.size :]], dim=1)
+        return values.detach(), gradient
+
+    def matching_losses(self, inputs: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+        """`|own - sent|^2 / |sent|^2` whatever the objective: `(R,)` for `inputs` `(R, B, *input_shape)`."""
+        chunk = self.chunk_size or len(inputs)
+        parts = zip(inputs.split(chunk), targets.split(chunk), rows.split(chunk), strict=True)
+        with torch.no_grad():
+            return torch.cat([SquaredDistance()(self.gradients(x, y)[0], self._sent(r)) for x, y, r in parts])
+
+    def _sent(self, rows: Tensor) -> Gradient:
+        if len(self.picture) == self.restarts:
+            return self.sent  # one picture: one row serves all
+        return {n: g[self.picture[rows]] for n, g in self.sent.items()}
+
+    # ------------------------------------------------------------------ gradients of many trials
+
+    def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Gradient, PullBack]:
+        """Each trial's gradient, `(R, *parameter_shape)` per parameter, and the transpose of its derivative.
+
+        `inputs`: `(R, B, *input_shape)`; `targets`: `(R, B, ...)`.
+        """
+        soft = targets.is_floating_point()
+        if self.observation.local is None and is_bilinear(self.function, inputs[0], targets[0]):
+            point = Linearisation(self.function, self.parameters, inputs, targets, with_targets=soft)
+            return point.gradients(), point.matvec_with_targets
+
+        def one(x: Tensor, y: Tensor) -> Gradient:
+            return self.observation.gradient(self.parameters, x, y)
+
+        if soft:
+            own, pull, *_ = vjp(vmap(one), inputs, targets)
+            return own, lambda change: pull(change)
+        own, pull, *_ = vjp(lambda x: vmap(one)(x, targets), inputs)
+        return own, lambda change: (pull(change)[0], None)
+
+
+def check_alike(observations: Sequence[Observation]) -> None:
+    """Raises `InputError` for observations that cannot be attacked together."""
+    if not observations:
+        raise InputError("There is no observation to attack.")
+    first = observations[0]
+    for position, other in enumerate(observations[1:], start=1):
+        for name in ("batch_size", "input_shape", "num_classes", "value_range", "local"):
+            if getattr(other, name) != getattr(first, name):
+                raise InputError(
+                    f"Observations that are attacked together must be of one kind: observation {position} has "
+                    f"`{name}={getattr(other, name)}`, the first {getattr(first, name)}."
+                )
+        if other.loss_gradient.model is not first.loss_gradient.model:
+            raise InputError(
+                f"Observations that are attacked together must share one model; observation {position} has another. "
+                "Attack them one by one."
+            )
+        if (other.labels is None) != (first.labels is None):
+            raise InputError("Give the labels of all observations that are attacked together, or of none.")

@@ -1,0 +1,1 @@
+"""The gradient as a pure function, and its derivatives."""

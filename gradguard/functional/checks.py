@@ -1,0 +1,86 @@
+"""What no gradient can be taken of: refused before long work, with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from gradguard.errors import InputError
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def check_batch_shape(inputs: Tensor, targets: Tensor) -> None:
+    """Raises `InputError` for what no model could take: no tensor, no example, unequal lengths, integer inputs."""
+    for name, tensor in (("inputs", inputs), ("targets", targets)):
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"`{name}` must be a tensor, got {type(tensor).__name__}.")
+    if inputs.ndim < 2 or inputs.numel() == 0:
+        raise InputError(
+            f"`inputs` must have shape (B, *input_shape) with B >= 1, got {tuple(inputs.shape)}: an empty batch."
+        )
+    if targets.ndim == 0 or len(targets) != len(inputs):
+        raise InputError(
+            f"`targets` must have one entry per example: {len(inputs)} inputs, targets of shape {tuple(targets.shape)}."
+        )
+    if not inputs.is_floating_point():
+        raise InputError(
+            f"`inputs` must be floating point to have a derivative, got {inputs.dtype}. Scale images to [0, 1] "
+            "(`images.float() / 255`); for tokens, measure in the space of their embeddings: "
+            '`LossGradient(..., input_module="...")`, and pass it `gradient.embed(tokens)`.'
+        )
+
+
+def check_labels(outputs: Tensor, targets: Tensor, loss_fn: LossFunction) -> None:
+    """Raises `InputError` if class indices lie outside `0 .. C-1` (the loss's `ignore_index` excepted).
+
+    Scores are `(B, C, *positions)`, as `cross_entropy` takes them, or `(B, *positions, C)`, as language models give
+    them, with targets `(B, *positions)`. Targets of another shape mean something that only the loss knows.
+    """
+    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8) or outputs.ndim < 2:
+        return
+    if targets.shape == (*outputs.shape[:1], *outputs.shape[2:]):
+        classes = outputs.shape[1]
+    elif targets.shape == outputs.shape[:-1]:
+        classes = outputs.shape[-1]
+    else:
+        return
+    valid = (targets >= 0) & (targets < classes)
+    valid |= targets == getattr(loss_fn, "ignore_index", -100)
+    if not valid.all():
+        wrong = targets[~valid].flatten()[0].item()
+        raise InputError(
+            f"Label {wrong} is out of range: the model has {classes} outputs, so labels go from 0 to {classes - 1}."
+        )
+
+
+def check_gradient(gradient: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Raises `InputError` unless `gradient` has the names and shapes of `like` and only finite values."""
+    if not isinstance(gradient, Mapping):
+        raise InputError(f"A gradient is a dictionary keyed as `named_parameters()`, got {type(gradient).__name__}.")
+    missing = [n for n in like if n not in gradient]
+    unexpected = [n for n in gradient if n not in like]
+    if missing or unexpected:
+        raise InputError(
+            f"The gradient's names are not the model's: missing {missing[:5]}, unexpected {unexpected[:5]}. "
+            "Key it as `model.named_parameters()`, trainable parameters only."
+        )
+    for name, reference in like.items():
+        value = gradient[name]
+        if value.shape != reference.shape:
+            raise InputError(
+                f"Gradient {name!r} has shape {tuple(value.shape)}, the parameter {tuple(reference.shape)}."
+            )
+        if value.device != reference.device:
+            raise InputError(
+                f"Gradient {name!r} is on {value.device}, the model on {reference.device}. Move one to the other."
+            )
+    # One number is read back from the device where all is well.
+    if not torch.stack([torch.isfinite(v).all() for v in gradient.values()]).all():
+        broken = [n for n, v in gradient.items() if not torch.isfinite(v).all()]
+        raise InputError(
+            f"The gradient of {broken[0]!r} holds NaN or infinite values ({len(broken)} of {len(like)} tensors do). "
+            "Nothing can be measured on it, and sending it would spoil the receiver's model."
+        )

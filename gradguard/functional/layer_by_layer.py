@@ -1,0 +1,261 @@
+"""A batch's gradient around one point: every layer's operand and signal, how they move with the inputs, and back.
+
+Computed once per point: the forward and backward pass, kept as a graph, and the graph of its transpose. Each product
+with the Jacobian is then one or two linear passes; the functional way (`torch.func`) takes the forward and backward
+pass again for every product, and one parameter-sized vector per example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gradguard.functional.layers.bilinear import BILINEAR_MODULES, BilinearLayer, EmbeddingLayer, bilinear_layer
+from gradguard.functional.loss_gradient import LossGradient
+from gradguard.functional.remembered import remembered
+from gradguard.functional.vectors import Gradient
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer: `a`, its operand, and `k`, the loss's derivative by its output, both `(N, ...)`."""
+
+    layer: BilinearLayer
+    a: Tensor
+    k: Tensor
+
+
+class Linearisation:
+    """The gradients of `R` problems of `n` examples each, at `inputs`, as functions of the inputs.
+
+    `parameters`: where, as `gradient.parameters()`. `inputs`: `(R, n, *input_shape)`; `targets`: `(R, n, ...)`.
+    `weight`: factor on each problem's loss. `with_targets`: as functions of the (floating-point) targets, too.
+    Only for gradients that are bilinear (see `is_bilinear`).
+    """
+
+    def __init__(
+        self,
+        gradient: LossGradient,
+        parameters: Gradient,
+        inputs: Tensor,
+        targets: Tensor,
+        weight: float = 1.0,
+        *,
+        with_targets: bool = False,
+    ) -> None:
+        self.problems = len(inputs)
+        self.parameters = parameters
+        self.shape = inputs.shape
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            self._x = inputs.detach().flatten(0, 1).requires_grad_(True)
+            self._targets = targets = targets.detach().requires_grad_(with_targets)
+            with _recorded(gradient, len(self._x)) as recorded:
+                outputs = gradient.outputs(parameters, self._x)
+            loss = weight * vmap(gradient.loss_fn)(outputs.unflatten(0, inputs.shape[:2]), targets).sum()
+            used = [call for call in recorded if call[0].weight_name or call[0].bias_name]
+            signals = torch.autograd.grad(loss, [z for _, _, z in used], create_graph=True, materialize_grads=True)
+            self.calls = [Call(layer, a.detach(), k.detach()) for (layer, a, _), k in zip(used, signals, strict=True)]
+            # Operands and signals in turn, those that move with the inputs.
+            values = [value for (_, a, _), k in zip(used, signals, strict=True) for value in (a, k)]
+            self._moving = [i for i, value in enumerate(values) if value.requires_grad]
+            self._values = [values[i] for i in self._moving]
+            # The transpose and its arguments. It is linear in them, so its own transpose gives the tangents.
+            self._pulled: tuple[Tensor, list[Tensor]] | None = None
+
+    # ------------------------------------------------------------------ the two linear maps
+
+    def tangents(self, u: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """How operands and signals move when the inputs move by `u` `(R, n, *input_shape)`: `(da, dk)` per call."""
+        if self._pulled is None:
+            self._pulled = self._graph_of_pull_back([v.new_zeros(()).expand(v.shape) for v in self._values])
+        pulled, arguments = self._pulled
+        found = torch.autograd.grad(
+            pulled, arguments, u.reshape(self._x.shape), retain_graph=True, materialize_grads=True
+        )
+        moved = dict(zip(self._moving, found, strict=True))
+        return [
+            (
+                moved[2 * i] if 2 * i in moved else torch.zeros_like(call.a),
+                moved[2 * i + 1] if 2 * i + 1 in moved else torch.zeros_like(call.k),
+            )
+            for i, call in enumerate(self.calls)
+        ]
+
+    def pull_back(self, cotangents: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The transpose of `tangents`: `(R, n, *input_shape)`."""
+        (found,) = torch.autograd.grad(self._values, self._x, self._chosen(cotangents), retain_graph=True)
+        return found.reshape(self.shape)
+
+    def _graph_of_pull_back(self, cotangents: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The transpose at `cotangents`, as a graph, and its arguments."""
+        arguments = [c.detach().requires_grad_(True) for c in cotangents]
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            (pulled,) = torch.autograd.grad(self._values, self._x, arguments, create_graph=True)
+        return pulled, arguments
+
+    def _chosen(self, cotangents: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Those of the values that move."""
+        both = [part for pair in cotangents for part in pair]
+        return [both[i] for i in self._moving]
+
+    # ------------------------------------------------------------------ products with the Jacobian
+
+    def gradients(self) -> Gradient:
+        """Each problem's own gradient: `(R, *parameter_shape)` per parameter."""
+        return self._sum({}, [(call.layer.outer(call.a, call.k, self.problems), call.k) for call in self.calls])
+
+    def rmatvec(self, u: Tensor) -> Gradient:
+        """`J_r^T u_r`: `(R, *parameter_shape)` per parameter."""
+        moved = zip(self.calls, self.tangents(u), strict=True)
+        parts = [(call.layer.change(call.a, call.k, da, dk, self.problems), dk) for call, (da, dk) in moved]
+        return self._sum({n: p.new_zeros(self.problems, *p.shape) for n, p in self.parameters.items()}, parts)
+
+    def matvec(self, delta: Mapping[str, Tensor], *, then: bool = False) -> Tensor:
+        """`J_r delta_r` (`R` or one row per parameter: `(R, *parameter_shape)`): `(R, n, *input_shape)`.
+
+        `then`: other products follow, whose graph is made on the way.
+        """
+        if then and self._pulled is None:
+            self._pulled = self._graph_of_pull_back(self._chosen(self._cotangents(delta)))
+            return self._pulled[0].detach().reshape(self.shape)
+        return self.pull_back(self._cotangents(delta))
+
+    def matvec_with_targets(self, delta: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The same, and the derivative of `<delta_r, gradient_r>` by the targets, shaped as they (`None` if fixed)."""
+        if not self._targets.requires_grad:
+            return self.matvec(delta), None
+        by_inputs, by_targets = torch.autograd.grad(
+            self._values, [self._x, self._targets], self._chosen(self._cotangents(delta)), retain_graph=True
+        )
+        return by_inputs.reshape(self.shape), by_targets
+
+    def _cotangents(self, delta: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Derivatives of `<delta_r, gradient_r>` by every call's operand and signal."""
+        cotangents = []
+        for call in self.calls:
+            layer = call.layer
+            to_a, to_k = torch.zeros_like(call.a), torch.zeros_like(call.k)
+            if layer.weight_name is not None:
+                to_a, to_k = layer.apply(delta[layer.weight_name], call.a, call.k)
+            if layer.bias_name is not None:
+                to_k = to_k + layer.spread_bias(delta[layer.bias_name], call.k)
+            cotangents.append((to_a, to_k))
+        return cotangents
+
+    def gram(self, u: Tensor) -> Tensor:
+        """`J_r J_r^T u_r`: `(R, n, *input_shape)`, with no parameter-sized vector where a layer has a shorter way."""
+        if self._shares_parameters:
+            return self.matvec(self.rmatvec(u))
+        tangents = self.tangents(u)
+        cotangents = []
+        for call in self.calls:
+            layer, (da, dk) = call.layer, tangents.pop(0)
+            to_a, to_k = torch.zeros_like(call.a), torch.zeros_like(call.k)
+            if layer.weight_name is not None:
+                to_a, to_k = layer.gram(call.a, call.k, da, dk, self.problems)
+            if layer.bias_name is not None:
+                to_k = to_k + layer.spread_bias(layer.sum_bias(dk, self.problems), call.k)
+            cotangents.append((to_a, to_k))
+        return self.pull_back(cotangents)
+
+    @property
+    def _shares_parameters(self) -> bool:
+        """Whether some parameter is used by more than one call."""
+        names = [n for call in self.calls for n in (call.layer.weight_name, call.layer.bias_name) if n is not None]
+        return len(names) != len(set(names))
+
+    def _sum(self, total: Gradient, parts: list[tuple[Tensor, Tensor]]) -> Gradient:
+        """`total` plus each call's part, for its weight and, summed, for its bias."""
+        for call, (by_weight, signal) in zip(self.calls, parts, strict=True):
+            layer = call.layer
+            if layer.weight_name is not None:
+                total[layer.weight_name] = total.get(layer.weight_name, 0) + by_weight
+            if layer.bias_name is not None:
+                total[layer.bias_name] = total.get(layer.bias_name, 0) + layer.sum_bias(signal, self.problems)
+        return total
+
+
+# ---------------------------------------------------------------------- for which models
+
+
+def is_bilinear(gradient: LossGradient, inputs: Tensor, targets: Tensor) -> bool:
+    """Whether all of the gradient comes from bilinear layers, and each example's from its own.
+
+    Found out by comparing, on the first example of `inputs` `(B, *input_shape)` in the company of another, the gradient
+    that the layers make up with autograd's own of that example alone: a parameter used in another way (a functional
+    call, an attention's packed weight) or a model that mixes examples shows. The answer is remembered for as long as
+    the model's modules stay what they are.
+    """
+    question = ("bilinear", inputs.shape[1:])
+    return remembered(gradient, question, lambda: _agrees(gradient, inputs[:2], targets[:2]))
+
+
+def _agrees(gradient: LossGradient, inputs: Tensor, targets: Tensor) -> bool:
+    # Near the model's own parameters: at zeros of an initialisation whole layers would have no gradient to compare.
+    parameters = {n: _moved(p) for n, p in gradient.parameters().items()}
+    inputs, targets = gradient.cast(inputs), gradient.cast(targets)
+    if len(inputs) == 1:
+        inputs, targets = torch.cat([inputs, 0.5 * inputs]), torch.cat([targets, targets])
+    try:
+        found = Linearisation(gradient, parameters, inputs[:, None], targets[:, None]).gradients()
+        leaves = {n: p.clone().requires_grad_(True) for n, p in parameters.items()}
+        with torch.enable_grad():
+            loss = gradient.loss(leaves, inputs[:1], targets[:1])
+            expected = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
+        # Something that cannot be taken apart like this; `torch.func` takes it as it is, or says what is wrong.
+        return False
+    tolerance = 1e-2 if gradient.computing_dtype.itemsize >= 4 else 1e-1
+    largest = torch.stack([e.abs().max() for e in expected]).max()
+    gaps = [
+        (found[n][0] - e if n in found else e).norm() - tolerance * e.norm()
+        for n, e in zip(leaves, expected, strict=True)
+    ]
+    return bool((torch.stack(gaps) <= 1e-6 * largest).all())
+
+
+def _moved(parameter: Tensor) -> Tensor:
+    waves = torch.cos(torch.arange(parameter.numel(), device=parameter.device, dtype=torch.float32))
+    return parameter + 0.05 * (parameter.abs().mean() + 0.02) * waves.reshape(parameter.shape).to(parameter)
+
+
+@contextmanager
+def _recorded(gradient: LossGradient, examples: int) -> Iterator[list[tuple[BilinearLayer, Tensor, Tensor]]]:
+    """While it lasts, bilinear modules compute through their layer, which writes down operand and output."""
+    names = {id(p): n for n, p in gradient.model.named_parameters() if p.requires_grad}
+    recorded: list[tuple[BilinearLayer, Tensor, Tensor]] = []
+
+    def recording(module: nn.Module) -> Any:
+        # Taken now: during the call the model's parameters are others.
+        weight, bias = (names.get(id(module._parameters.get(part))) for part in ("weight", "bias"))
+
+        def forward(x: Tensor) -> Tensor:
+            layer = bilinear_layer(module, weight, bias)
+            if layer is None:
+                return type(module).forward(module, x)
+            a = EmbeddingLayer.for_each(x, examples) if isinstance(layer, EmbeddingLayer) else layer.operand(x)
+            z = layer(a)
+            z = z if z.requires_grad else z.requires_grad_(True)
+            recorded.append((layer, a, z))
+            return z
+
+        return forward
+
+    # A module whose `forward` someone has replaced already is left alone.
+    replaced = [m for m in gradient.model.modules() if isinstance(m, BILINEAR_MODULES) and "forward" not in vars(m)]
+    try:
+        for module in replaced:
+            module.forward = recording(module)  # type: ignore[method-assign]
+        yield recorded
+    finally:
+        for module in replaced:
+            del module.forward

@@ -1,0 +1,1 @@
+"""Layers through which a gradient is taken layer by layer."""

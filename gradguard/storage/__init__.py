@@ -1,0 +1,1 @@
+"""Files: atomic, private, never pickled."""

@@ -1,0 +1,1 @@
+"""Contracts that every layer, attack and defense is given to."""

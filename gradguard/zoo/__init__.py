@@ -1,0 +1,1 @@
+"""Models, pictures and text to measure on."""
