@@ -207,7 +207,7 @@ def products_part(options: argparse.Namespace) -> tuple[dict[str, Any], list[Bar
         x, y = colour_pictures(options, count)
         function, u = LossGradient(model, LOSS), torch.randn(x.shape, generator=generator(options)).to(x)
         fast, slow = (InputJacobian(function, x, y, per_example=per_example) for _ in range(2))
-        slow.is_bilinear = False
+        slow.way = "forward over reverse"
 
         def step(x: Tensor = x, y: Tensor = y) -> None:
             model.zero_grad()
@@ -279,7 +279,7 @@ def _peak_memory(options: argparse.Namespace, kind: str, count: int, chunk: int 
     def products() -> None:
         jacobian = InputJacobian(function, x, y, per_example=kind != "joint", chunk_size=chunk, validate=False)
         if kind == "functional":
-            jacobian.is_bilinear = False
+            jacobian.way = "forward over reverse"
         if chunk is None:
             jacobian.gram(u)
         else:

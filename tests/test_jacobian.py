@@ -82,20 +82,22 @@ def test_examples_keep_the_batchs_weight(convnet, cross_entropy, batch):
     assert some.joint().size == everyone.joint().size
 
 
-@pytest.mark.parametrize(("reduction", "weight"), [("mean", 0.25), ("sum", 1.0)])
-def test_example_weight_follows_the_reduction(convnet, batch, reduction, weight):
-    function = LossGradient(convnet, nn.CrossEntropyLoss(reduction=reduction))
-    assert InputJacobian(function, *batch).example_weight == weight
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_examples_weight_follows_the_reduction(convnet, batch, reduction):
+    loss_fn = nn.CrossEntropyLoss(reduction=reduction)
+    jacobian = InputJacobian(LossGradient(convnet, loss_fn), *batch)
+    assert jacobian.contribution([1]).scale == pytest.approx(0.25 if reduction == "mean" else 1.0)
+    loss_fn.reduction = "mean" if reduction == "sum" else "sum"  # changed later: read again
+    jacobian = InputJacobian(LossGradient(convnet, loss_fn), *batch)
+    assert jacobian.contribution([1]).scale == pytest.approx(0.25 if reduction == "sum" else 1.0)
 
 
-def test_a_loss_that_mixes_examples_is_refused_per_example_and_works_joint(convnet, batch):
-    batch = [part[:2] for part in batch]
+def test_class_weights_are_read_from_the_batch_at_hand(convnet, batch):
     weighted = nn.CrossEntropyLoss(weight=torch.linspace(0.1, 3, 10).double())
     function = LossGradient(convnet, weighted)
-    with pytest.raises(InputError, match=r"neither the mean.*per_example=False"):
-        InputJacobian(function, *batch).gram(batch[0])
-    joint = InputJacobian(function, *batch, per_example=False)
-    torch.testing.assert_close(joint.dense()[0], dense_jacobian(convnet, weighted, *batch), rtol=1e-9, atol=1e-12)
+    jacobian = InputJacobian(function, *batch)
+    joint = dense_jacobian(convnet, weighted, *batch)
+    torch.testing.assert_close(jacobian.dense().flatten(0, 1), joint, rtol=1e-9, atol=1e-12)
 
 
 def test_in_dtype_is_the_same_operator(convnet, cross_entropy, batch):

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradguard import InputJacobian, LossGradient
-from gradguard.functional.layer_by_layer import Linearisation
+from gradguard.functional.layer_by_layer import LayerByLayer
+from gradguard.functional.problems import Problems
 from gradguard.functional.vectors import flatten
 from gradguard.zoo.models import digits_convnet, fcn, lenet, resnet
 from references import dense_jacobian
@@ -107,7 +108,7 @@ def case(make, shape, **options):
 
 def slow(jacobian):
     """The same operator through `torch.func`."""
-    jacobian.is_bilinear = False
+    jacobian.way = "forward over reverse"
     return jacobian
 
 
@@ -118,7 +119,7 @@ def test_products_are_those_of_the_functional_way(name, per_example, chunk_size)
     gradient, inputs, targets = case(*MODELS[name])
     fast = InputJacobian(gradient, inputs, targets, per_example=per_example, chunk_size=chunk_size)
     other = slow(InputJacobian(gradient, inputs, targets, per_example=per_example))
-    assert fast.is_bilinear
+    assert fast.way == "layer by layer"
     u = torch.randn_like(inputs)
     shared = {n: torch.randn_like(p) for n, p in fast.parameters.items()}
     torch.testing.assert_close(flatten(fast.rmatvec(u)), flatten(other.rmatvec(u)))
@@ -156,16 +157,16 @@ def test_dense_is_the_dense_reference(name):
 def test_what_no_layer_accounts_for_goes_the_functional_way(name):
     """Found out even where, as here for `scale`, a parameter is zero."""
     gradient, inputs, targets = case(REFUSED[name], (1, 8, 8))
-    jacobian = InputJacobian(gradient, inputs, targets, per_example=name != "mixing")
-    assert not jacobian.is_bilinear
-    if name != "mixing":
-        reference = dense_jacobian(gradient.model, gradient.loss_fn, inputs[:1], targets[:1]) / 3
-        torch.testing.assert_close(jacobian.dense()[0], reference)
+    jacobian = InputJacobian(gradient, inputs, targets)
+    assert jacobian.way == ("coupled" if name == "mixing" else "forward over reverse")
+    reference = dense_jacobian(gradient.model, gradient.loss_fn, inputs, targets)
+    torch.testing.assert_close(jacobian.dense().flatten(0, 1), reference)
+    torch.testing.assert_close(jacobian.joint().dense()[0], reference)
 
 
 def test_gradients_are_the_examples_own():
     gradient, inputs, targets = case(*MODELS["twice"])
-    found = Linearisation(gradient, gradient.parameters(), inputs[:, None], targets[:, None]).gradients()
+    found = LayerByLayer(Problems(gradient, gradient.parameters(), inputs[:, None], targets[:, None])).gradients()
     torch.testing.assert_close(found, gradient.per_example(inputs, targets))
 
 
@@ -184,6 +185,6 @@ def test_a_model_that_changes_is_asked_again():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).double()
     inputs, targets = torch.rand(2, 1, 8, 8, dtype=torch.float64), torch.arange(2)
     gradient = LossGradient(model, nn.CrossEntropyLoss())
-    assert InputJacobian(gradient, inputs, targets).is_bilinear
+    assert InputJacobian(gradient, inputs, targets).way == "layer by layer"
     nn.utils.parametrizations.weight_norm(model[1])
-    assert not InputJacobian(gradient, inputs, targets).is_bilinear
+    assert InputJacobian(gradient, inputs, targets).way != "layer by layer"

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradguard import InputError, LossGradient
-from gradguard.functional.layer_by_layer import is_bilinear
+from gradguard import InputError, InputJacobian, LossGradient
 from gradguard.zoo.models import (
     ACTIVATIONS,
     NAMED,
@@ -154,7 +153,7 @@ def test_normalised_inputs_change_no_gradient_and_keep_the_fast_path(batch):
     assert set(outside) == {f"1.{n}" for n in inside}
     for name, gradient in inside.items():
         torch.testing.assert_close(outside[f"1.{name}"], gradient, rtol=1e-6, atol=1e-9)
-    assert is_bilinear(LossGradient(whole, loss), x, y)
+    assert InputJacobian(LossGradient(whole, loss), x, y).way == "layer by layer"
 
 
 def test_normalised_refuses_what_is_no_scale():

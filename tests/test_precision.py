@@ -18,7 +18,7 @@ def test_autocast_around_changes_no_answer(digit_pictures, cross_entropy):
             for p in gradient.model.parameters():
                 p.copy_(torch.linspace(-0.2, 0.2, p.numel()).reshape(p.shape))
         jacobian = InputJacobian(gradient, inputs, targets)
-        jacobian.is_bilinear = fast
+        jacobian.way = "layer by layer" if fast else "forward over reverse"
         delta = {n: torch.ones_like(p) for n, p in jacobian.parameters.items()}
         own = torch.cat([g.flatten() for g in gradient(inputs, targets).values()])
         random = torch.ones(3, 64)

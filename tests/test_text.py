@@ -157,7 +157,7 @@ def test_products_layer_by_layer_are_the_dense_ones(model, text_batch, loss_fn):
     gradient = gradient_of(model, loss_fn)
     embeddings = gradient.embed(tokens)
     jacobian = InputJacobian(gradient, embeddings, targets)
-    assert jacobian.is_bilinear
+    assert jacobian.way == "layer by layer"
     reference = torch.stack(
         [dense_reference(model, loss_fn, x[None], y[None]) for x, y in zip(embeddings, targets, strict=True)]
     ) / len(embeddings)
@@ -174,11 +174,11 @@ def test_products_agree_with_torch_func(model, text_batch):
     gradient = gradient_of(model)
     embeddings = gradient.embed(text_batch[0])
     fast, slow = (InputJacobian(gradient, embeddings, text_batch[1]) for _ in range(2))
-    slow.is_bilinear = False
+    slow.way = "forward over reverse"
     draw = torch.Generator().manual_seed(3)
     u = torch.randn(embeddings.shape, dtype=torch.float64, generator=draw)
     delta = {n: torch.randn(p.shape, dtype=torch.float64, generator=draw) for n, p in fast.parameters.items()}
-    assert fast.is_bilinear
+    assert fast.way == "layer by layer"
     torch.testing.assert_close(flatten(fast.rmatvec(u), 1), flatten(slow.rmatvec(u), 1))
     torch.testing.assert_close(fast.matvec(delta), slow.matvec(delta))
     torch.testing.assert_close(fast.gram(u), slow.gram(u))

@@ -61,16 +61,15 @@ def observe(
     jacobian: InputJacobian, true: Gradient, sent: Gradient, group: Sequence[int], *, threat: ThreatModel
 ) -> Observation:
     """What an attacker sees who must find the examples in `group` and knows the rest of the batch."""
-    function, group = jacobian.gradient, list(group)
-    inputs, targets = jacobian.inputs[group], jacobian.targets[group]
-    if len(group) < len(jacobian.inputs):
-        # `sent` less the others' share, in units of one example: its own gradient, and all of the noise.
-        own = function(inputs, targets)
-        sent = {n: own[n] + (sent[n].to(g) - g) / jacobian.example_weight for n, g in true.items()}
+    group = list(group)
+    part = jacobian.contribution(group)
+    function, inputs, targets = part.function, part.inputs, part.rest
+    # `sent` less the others' share, in units of the examples' own gradient: that, and all of the noise.
+    sent = {n: part.own[n] + (sent[n].to(g) - g) / part.scale for n, g in true.items()}
     classes = None
     if not targets.is_floating_point():
         with torch.no_grad():
-            classes = function.outputs(function.parameters(), inputs).shape[1]
+            classes = jacobian.gradient.outputs(jacobian.parameters, inputs).shape[1]
     return Observation(
         loss_gradient=function,
         sent=sent,

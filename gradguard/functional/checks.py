@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradguard.errors import InputError
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+LossFunction = Callable[[Any, Any], Tensor]
+
+#: Dtypes of class indices.
+INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_batch_shape(inputs: Tensor, targets: Tensor) -> None:
+def check_batch_shape(inputs: Any, targets: Any) -> None:
     """Raises `InputError` for what no model could take: no tensor, no example, unequal lengths, integer inputs."""
-    for name, tensor in (("inputs", inputs), ("targets", targets)):
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"`{name}` must be a tensor, got {type(tensor).__name__}.")
+    if not isinstance(inputs, Tensor):
+        raise InputError(f"`inputs` must be a tensor, got {type(inputs).__name__}.")
     if inputs.ndim < 2 or inputs.numel() == 0:
         raise InputError(
             f"`inputs` must have shape (B, *input_shape) with B >= 1, got {tuple(inputs.shape)}: an empty batch."
         )
-    if targets.ndim == 0 or len(targets) != len(inputs):
-        raise InputError(
-            f"`targets` must have one entry per example: {len(inputs)} inputs, targets of shape {tuple(targets.shape)}."
-        )
+    for name, part in targets.items() if isinstance(targets, dict) else [("targets", targets)]:
+        if not isinstance(part, Tensor):
+            raise InputError(f"`{name}` must be a tensor, got {type(part).__name__}.")
+        if part.ndim == 0 or len(part) != len(inputs):
+            raise InputError(
+                f"`{name}` must have one entry per example: {len(inputs)} inputs, {name} of shape {tuple(part.shape)}."
+            )
     if not inputs.is_floating_point():
         raise InputError(
             f"`inputs` must be floating point to have a derivative, got {inputs.dtype}. Scale images to [0, 1] "
@@ -33,13 +39,27 @@ def check_batch_shape(inputs: Tensor, targets: Tensor) -> None:
         )
 
 
-def check_labels(outputs: Tensor, targets: Tensor, loss_fn: LossFunction) -> None:
+def check_devices(inputs: Tensor, targets: Any, device: torch.device) -> None:
+    """Raises `InputError` unless everything is on the model's device."""
+    parts = targets if isinstance(targets, dict) else {"targets": targets}
+    for name, tensor in {"inputs": inputs, **parts}.items():
+        if tensor.device != device:
+            raise InputError(
+                f"`{name}` are on {tensor.device}, the model is on {device}. "
+                f"Move one to the other: `{name}.to({str(device)!r})`."
+            )
+
+
+def check_labels(outputs: Any, targets: Any, loss_fn: LossFunction) -> None:
     """Raises `InputError` if class indices lie outside `0 .. C-1` (the loss's `ignore_index` excepted).
 
     Scores are `(B, C, *positions)`, as `cross_entropy` takes them, or `(B, *positions, C)`, as language models give
-    them, with targets `(B, *positions)`. Targets of another shape mean something that only the loss knows.
+    them, with targets `(B, *positions)`. Targets of another shape mean something that only the loss knows, and so do
+    outputs that are no tensor.
     """
-    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8) or outputs.ndim < 2:
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return
+    if targets.dtype not in INDEX_DTYPES or outputs.ndim < 2:
         return
     if targets.shape == (*outputs.shape[:1], *outputs.shape[2:]):
         classes = outputs.shape[1]
@@ -54,6 +74,56 @@ def check_labels(outputs: Tensor, targets: Tensor, loss_fn: LossFunction) -> Non
         raise InputError(
             f"Label {wrong} is out of range: the model has {classes} outputs, so labels go from 0 to {classes - 1}."
         )
+
+
+def index_targets(targets: Any) -> Any:
+    """Whole numbers of any size as int64, which losses over classes take; everything else as it is."""
+    if isinstance(targets, Tensor) and targets.dtype in INDEX_DTYPES:
+        return targets.to(torch.int64)
+    return targets
+
+
+def as_loss_takes_them(targets: Any, outputs: Any) -> Any:
+    """Targets in the dtype that losses take: class indices int64; truth values as numbers where they match scores."""
+    if not isinstance(targets, Tensor):
+        return targets
+    if targets.dtype == torch.bool:
+        matches = isinstance(outputs, Tensor) and outputs.shape == targets.shape
+        return targets.to(outputs.dtype) if matches else targets.to(torch.int64)
+    return index_targets(targets)
+
+
+def check_loss(loss_of_batch: Callable[[], Tensor], loss_fn: LossFunction) -> Tensor:
+    """The loss, if it is one finite number and the same when it is asked again.
+
+    Raises:
+        InputError: It is something else, or the loss function does not take these outputs and targets.
+    """
+    try:
+        loss, again = loss_of_batch(), loss_of_batch()
+    except (torch.OutOfMemoryError, InputError):
+        raise
+    except Exception as error:  # whatever the user's loss raises
+        raise InputError(
+            f"The loss {loss_fn!r} does not take these outputs and targets: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(loss, Tensor):
+        raise InputError(f"The loss must be a tensor with one number, got {type(loss).__name__}.")
+    if loss.numel() != 1 or loss.ndim:
+        raise InputError(
+            f'The loss has shape {tuple(loss.shape)}; it must be one number per batch. Use `reduction="mean"` or "sum".'
+        )
+    if not torch.isfinite(loss):
+        raise InputError(
+            f"The loss is {loss.item()}, so its gradient says nothing. Look for diverged parameters, "
+            "unscaled inputs, a batch without a single target that counts, or a log of zero in the loss."
+        )
+    if not torch.equal(loss, again):
+        raise InputError(
+            f"The loss {loss_fn!r} gives another number each time it is asked ({loss.item():.6g}, {again.item():.6g}): "
+            "it draws random numbers or keeps a state. Pass a loss that is a function of outputs and targets alone."
+        )
+    return loss
 
 
 def check_gradient(gradient: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradguard.functional.layers.bilinear import BILINEAR_MODULES, BilinearLayer, EmbeddingLayer, bilinear_layer
 from gradguard.functional.loss_gradient import LossGradient
-from gradguard.functional.remembered import remembered
+from gradguard.functional.problems import Problems
+from gradguard.functional.structures import map_rest, targets_of
 from gradguard.functional.vectors import Gradient
 
 
@@ -32,35 +32,47 @@ class Call:
     k: Tensor
 
 
-class Linearisation:
+class NotLayered(Exception):
+    """A parameter reaches the loss past every known layer: the products must go another way."""
+
+
+class LayerByLayer:
     """The gradients of `R` problems of `n` examples each, at `inputs`, as functions of the inputs.
 
-    `parameters`: where, as `gradient.parameters()`. `inputs`: `(R, n, *input_shape)`; `targets`: `(R, n, ...)`.
-    `weight`: factor on each problem's loss. `with_targets`: as functions of the (floating-point) targets, too.
-    Only for gradients that are bilinear (see `is_bilinear`).
+    Args:
+        problems: Whose model does not mix examples, unless there is one problem only.
+        with_targets: As functions of the (floating-point) targets, too.
+
+    Raises:
+        NotLayered: Some parameter is used by no known layer. Seen in the graph: known layers compute with constants, so
+            a parameter that the loss depends on in autograd's eyes is used somewhere else.
     """
 
-    def __init__(
-        self,
-        gradient: LossGradient,
-        parameters: Gradient,
-        inputs: Tensor,
-        targets: Tensor,
-        weight: float = 1.0,
-        *,
-        with_targets: bool = False,
-    ) -> None:
-        self.problems = len(inputs)
-        self.parameters = parameters
-        self.shape = inputs.shape
+    def __init__(self, problems: Problems, *, with_targets: bool = False) -> None:
+        self.problems = len(problems)
+        self.parameters = problems.parameters
+        self.shape = problems.inputs.shape
+        function, rest = problems.function, problems.rest
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            self._x = inputs.detach().flatten(0, 1).requires_grad_(True)
-            self._targets = targets = targets.detach().requires_grad_(with_targets)
-            with _recorded(gradient, len(self._x)) as recorded:
-                outputs = gradient.outputs(parameters, self._x)
-            loss = weight * vmap(gradient.loss_fn)(outputs.unflatten(0, inputs.shape[:2]), targets).sum()
+            self._x = problems.inputs.detach().flatten(0, 1).requires_grad_(True)
+            soft = targets_of(rest) if with_targets else None
+            if soft is not None:
+                soft = rest = soft.detach().clone().requires_grad_(True)
+            self._targets = soft
+            leaves = {n: p.detach().requires_grad_(True) for n, p in self.parameters.items()}
+            with _recorded(function, len(self._x)) as recorded:
+                outputs = function.outputs(leaves, self._x, map_rest(lambda part: part.flatten(0, 1), rest))
+            # Of rest, where problems are examples of a batch, the batch's own is used.
+            loss = problems.loss_of_all(outputs, rest)
             used = [call for call in recorded if call[0].weight_name or call[0].bias_name]
-            signals = torch.autograd.grad(loss, [z for _, _, z in used], create_graph=True, materialize_grads=True)
+            variables = [z for _, _, z in used]
+            if not variables:
+                raise NotLayered("no known layer with trained parameters")
+            found = torch.autograd.grad(loss, [*variables, *leaves.values()], create_graph=True, allow_unused=True)
+            stray = [n for n, g in zip(leaves, found[len(variables) :], strict=True) if g is not None]
+            if stray:
+                raise NotLayered(stray[0])
+            signals = [torch.zeros_like(z) if k is None else k for z, k in zip(variables, found, strict=False)]
             self.calls = [Call(layer, a.detach(), k.detach()) for (layer, a, _), k in zip(used, signals, strict=True)]
             # Operands and signals in turn, those that move with the inputs.
             values = [value for (_, a, _), k in zip(used, signals, strict=True) for value in (a, k)]
@@ -129,7 +141,7 @@ class Linearisation:
 
     def matvec_with_targets(self, delta: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """The same, and the derivative of `<delta_r, gradient_r>` by the targets, shaped as they (`None` if fixed)."""
-        if not self._targets.requires_grad:
+        if self._targets is None:
             return self.matvec(delta), None
         by_inputs, by_targets = torch.autograd.grad(
             self._values, [self._x, self._targets], self._chosen(self._cotangents(delta)), retain_graph=True
@@ -180,52 +192,6 @@ class Linearisation:
             if layer.bias_name is not None:
                 total[layer.bias_name] = total.get(layer.bias_name, 0) + layer.sum_bias(signal, self.problems)
         return total
-
-
-# ---------------------------------------------------------------------- for which models
-
-
-def is_bilinear(gradient: LossGradient, inputs: Tensor, targets: Tensor) -> bool:
-    """Whether all of the gradient comes from bilinear layers, and each example's from its own.
-
-    Found out by comparing, on the first example of `inputs` `(B, *input_shape)` in the company of another, the gradient
-    that the layers make up with autograd's own of that example alone: a parameter used in another way (a functional
-    call, an attention's packed weight) or a model that mixes examples shows. The answer is remembered for as long as
-    the model's modules stay what they are.
-    """
-    question = ("bilinear", inputs.shape[1:])
-    return remembered(gradient, question, lambda: _agrees(gradient, inputs[:2], targets[:2]))
-
-
-def _agrees(gradient: LossGradient, inputs: Tensor, targets: Tensor) -> bool:
-    # Near the model's own parameters: at zeros of an initialisation whole layers would have no gradient to compare.
-    parameters = {n: _moved(p) for n, p in gradient.parameters().items()}
-    inputs, targets = gradient.cast(inputs), gradient.cast(targets)
-    if len(inputs) == 1:
-        inputs, targets = torch.cat([inputs, 0.5 * inputs]), torch.cat([targets, targets])
-    try:
-        found = Linearisation(gradient, parameters, inputs[:, None], targets[:, None]).gradients()
-        leaves = {n: p.clone().requires_grad_(True) for n, p in parameters.items()}
-        with torch.enable_grad():
-            loss = gradient.loss(leaves, inputs[:1], targets[:1])
-            expected = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
-        # Something that cannot be taken apart like this; `torch.func` takes it as it is, or says what is wrong.
-        return False
-    tolerance = 1e-2 if gradient.computing_dtype.itemsize >= 4 else 1e-1
-    largest = torch.stack([e.abs().max() for e in expected]).max()
-    gaps = [
-        (found[n][0] - e if n in found else e).norm() - tolerance * e.norm()
-        for n, e in zip(leaves, expected, strict=True)
-    ]
-    return bool((torch.stack(gaps) <= 1e-6 * largest).all())
-
-
-def _moved(parameter: Tensor) -> Tensor:
-    waves = torch.cos(torch.arange(parameter.numel(), device=parameter.device, dtype=torch.float32))
-    return parameter + 0.05 * (parameter.abs().mean() + 0.02) * waves.reshape(parameter.shape).to(parameter)
 
 
 @contextmanager

@@ -6,44 +6,79 @@ Letters, here and everywhere: `B` examples, `D` input elements per example, `P` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradguard.errors import InputError, UnsupportedModelError
-from gradguard.functional.checks import LossFunction, check_batch_shape, check_gradient, check_labels
+from gradguard.functional.checks import (
+    LossFunction,
+    as_loss_takes_them,
+    check_batch_shape,
+    check_devices,
+    check_gradient,
+    check_labels,
+    check_loss,
+)
 from gradguard.functional.precision import full_precision
+from gradguard.functional.preserved import RandomState, preserved, random_state_kept
+from gradguard.functional.structures import (
+    TARGETS,
+    Rest,
+    Template,
+    is_structured,
+    map_rest,
+    rebuild,
+    rows_of,
+    split,
+)
+from gradguard.functional.token_lookup import TokenLookup, check_module_name
+from gradguard.functional.train_mode import check_deterministic, offenders, refuse
 from gradguard.functional.vectors import Gradient
 
-TrainMode = Literal["error", "eval"]
+TrainMode = Literal["error", "eval", "as sent"]
 
 
 class LossGradient:
     """The gradient of a loss as a pure function of a model's parameters and inputs.
 
-    `model`: any `nn.Module` that maps a batch `(B, *input_shape)` to outputs. Frozen parameters
-        (`requires_grad=False`) and buffers are constants; tied parameters appear once, under the name that
-        `named_parameters()` gives them. Nothing is stored on the model and nothing in it changes.
-    `loss_fn`: `(outputs, targets) -> scalar`, for instance `nn.CrossEntropyLoss()`.
-    `dtype`: compute in this dtype whatever the model's own (attacks run in float64, measurements of a
-        half-precision model in float32). Default: the model's.
-    `train_mode`: what to do with a module that is in training mode and there mixes examples (BatchNorm) or draws
-        random numbers (Dropout): "error" refuses it by name, "eval" evaluates such modules, and only those, in
-        eval mode while gradguard computes, and puts them back. The gradient is then that of the eval-mode model.
-    `input_module`: for models of tokens, the name of the module that looks them up (`"transformer.wte"`), called once
-        per forward pass. `inputs` are then that module's *outputs*, floating-point embeddings `(B, T, E)` of `T`
-        tokens: the model is called with placeholder tokens, and what the module would have computed is replaced. Its
-        own parameters get no gradient from the lookup, which is bypassed; where a head shares its table (tied weights),
-        the head's share remains. `embed(tokens)` gives the embeddings of real tokens.
+    Nothing is stored on the model and nothing of the user's changes: it is evaluated on copies of the batch and of the
+    buffers, and what a forward pass does to the model's attributes and to the global random numbers is undone.
+
+    Args:
+        model: Any `nn.Module`. Called as `model(inputs)`, `model(*inputs)` for a tuple, `model(**inputs)` for a
+            mapping. Frozen parameters (`requires_grad=False`) and buffers are constants. Tied parameters appear once,
+            under the name that `named_parameters()` gives them; so does a module that has two names. A compiled model
+            is evaluated uncompiled.
+        loss_fn: `(outputs, targets) -> scalar`, for instance `nn.CrossEntropyLoss()`. `outputs` are what the model
+            returns, a tuple or a `ModelOutput` too.
+        dtype: Compute in this dtype whatever the model's own (attacks run in float64, measurements of a
+            half-precision model in float32). Default: the model's.
+        train_mode: What to do with a module that is in training mode and there mixes examples (BatchNorm) or draws
+            random numbers (Dropout). "error" refuses it by name. "eval" evaluates such modules, and only those, in eval
+            mode while gradguard computes; the gradient is then that of the eval-mode model. "as sent" computes what
+            the training step computes: BatchNorm with the batch's statistics (every example's gradient then depends on
+            the others), dropout with the masks that `random_state` gives.
+        random_state: For `train_mode="as sent"`: the random numbers' state before the step's forward pass, from
+            `random_state()`. Default: the state when this object is made.
+        input_module: For models of tokens, the name of the module that looks them up (`"transformer.wte"`), called once
+            per forward pass. The private inputs are then that module's *outputs*, floating-point embeddings
+            `(B, T, E)` of `T` tokens: the model is called with placeholder tokens, and what the module would have
+            computed is replaced. Its own parameters get no gradient from the lookup, which is bypassed; where a head
+            shares its table (tied weights), the head's share remains. `embed(tokens)` gives the embeddings.
+        private: Which leaf of the inputs is private where they are a tuple or a mapping: its key or position. Default:
+            the first floating-point tensor; the others are taken as known to the attacker.
 
     Calling it gives the gradient as a dictionary keyed like `named_parameters()`.
+
+    Raises:
+        InputError: The model has no trainable parameter, or an argument is none of its values.
     """
 
     def __init__(
@@ -53,19 +88,31 @@ class LossGradient:
         *,
         dtype: torch.dtype | None = None,
         train_mode: TrainMode = "error",
+        random_state: RandomState | None = None,
         input_module: str | None = None,
+        private: str | int | None = None,
     ) -> None:
-        if train_mode not in ("error", "eval"):
-            raise InputError(f'`train_mode` must be "error" or "eval", got {train_mode!r}.')
+        if not isinstance(model, nn.Module):
+            raise InputError(f"`model` must be an nn.Module, got {type(model).__name__}.")
+        if not callable(loss_fn):
+            raise InputError(f"`loss_fn` must be a function (outputs, targets) -> scalar, got {loss_fn!r}.")
+        if train_mode not in ("error", "eval", "as sent"):
+            raise InputError(f'`train_mode` must be "error", "eval" or "as sent", got {train_mode!r}.')
         if dtype is not None and not dtype.is_floating_point:
             raise InputError(f"`dtype` must be a floating-point dtype, got {dtype}.")
-        self.model = model
-        self.loss_fn = loss_fn
-        self.dtype = dtype
+        self.model, self.loss_fn, self.dtype = model, loss_fn, dtype
         self.train_mode: TrainMode = train_mode
-        self.input_module = input_module
+        self.random_state = random_state or (RandomState.now() if train_mode == "as sent" else None)
+        self.input_module, self.private = input_module, private
+        self._lookup = None if input_module is None else TokenLookup(model, input_module)
+        self._template: Template | None = None
+        self._company: tuple[Tensor, Rest, Tensor] | None = None
         if input_module is not None:
-            _check_module_name(model, input_module)
+            check_module_name(model, input_module)
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+            raise InputError(
+                f"{type(model).__name__} has lazy parameters without a shape. Run one batch through it first."
+            )
         if not any(p.requires_grad for p in model.parameters()):
             raise InputError(
                 "The model has no trainable parameter, so there is no gradient to measure. "
@@ -76,17 +123,72 @@ class LossGradient:
         at = "" if self.input_module is None else f", input_module={self.input_module!r}"
         return f"LossGradient({type(self.model).__name__}, {self.loss_fn}, dtype={self.dtype}{at})"
 
-    # ------------------------------------------------------------------ the pure function
-
     def with_dtype(self, dtype: torch.dtype) -> LossGradient:
         """The same function computed in `dtype`."""
-        return LossGradient(
-            self.model, self.loss_fn, dtype=dtype, train_mode=self.train_mode, input_module=self.input_module
-        )
+        other = copy(self)
+        other.dtype = dtype
+        return other
+
+    def with_loss(self, loss_fn: LossFunction) -> LossGradient:
+        """The same model under another loss."""
+        other = copy(self)
+        other.loss_fn = loss_fn
+        return other
+
+    def in_company(self, inputs: Tensor, rest: Rest, rows: Tensor) -> LossGradient:
+        """As a function of some examples of a batch, the others as they are.
+
+        Args:
+            inputs: The batch, `(B, *input_shape)`.
+            rest: Its rest.
+            rows: The examples' places in it, `(n,)`.
+
+        Returns:
+            A loss gradient of `n` examples: of the whole batch's loss.
+        """
+        other = copy(self)
+        other._company = inputs.detach(), rest, rows
+        return other
+
+    @property
+    def has_company(self) -> bool:
+        """Whether other examples are part of the function: see `in_company`."""
+        return self._company is not None
+
+    # ------------------------------------------------------------------ structures
+
+    def bind(self, inputs: Any, targets: Any) -> tuple[LossGradient, Tensor, Rest]:
+        """A batch as the private tensor and the rest, and the function that takes it so.
+
+        Args:
+            inputs: A tensor `(B, *input_shape)`, or a tuple or mapping of tensors with the batch first.
+            targets: A tensor `(B, ...)`, or a structure of them.
+
+        Returns:
+            The function (itself where both are tensors), the private leaf, and the rest: the targets, or a dictionary.
+
+        Raises:
+            InputError: There is no private leaf.
+        """
+        if self._template is not None or not (is_structured(inputs) or is_structured(targets)):
+            return self, inputs, targets
+        other = copy(self)
+        other._template, private, rest = split(inputs, targets, self.private)
+        return other, private, rest
+
+    @property
+    def known_inputs(self) -> tuple[str, ...]:
+        """The floating-point inputs that a bound function takes as known to the attacker."""
+        return () if self._template is None else self._template.known
+
+    def _filled(self, inputs: Tensor, rest: Rest) -> tuple[Any, Any]:
+        return (inputs, rest) if self._template is None else self._template.fill(inputs, rest)
+
+    # ------------------------------------------------------------------ the pure function
 
     def parameters(self) -> Gradient:
         """The trainable parameters now, detached, in the computing dtype, keyed as `named_parameters()`."""
-        return {n: self._cast(p.detach()) for n, p in self.model.named_parameters() if p.requires_grad}
+        return {n: self._cast(_plain(p)) for n, p in self.model.named_parameters() if p.requires_grad}
 
     @property
     def num_parameters(self) -> int:
@@ -94,66 +196,117 @@ class LossGradient:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def constants(self) -> dict[str, Tensor]:
-        """Frozen parameters and buffers, in the computing dtype."""
-        frozen = {n: self._cast(p.detach()) for n, p in self.model.named_parameters() if not p.requires_grad}
-        return frozen | {n: self._cast(b.detach()) for n, b in self.model.named_buffers()}
+        """Frozen parameters and buffers, in the computing dtype: the very tensors, not to be written to."""
+        frozen = {n: self._cast(_plain(p)) for n, p in self.model.named_parameters() if not p.requires_grad}
+        return frozen | {n: self._cast(_plain(b)) for n, b in self.model.named_buffers()}
 
     @full_precision()
-    def outputs(self, parameters: Gradient, inputs: Tensor) -> Tensor:
-        """The model's outputs on a batch `(B, *input_shape)` as a function of `parameters`."""
-        with self._evaluation(), self._lookup_replaced(inputs) as model_inputs:
-            return functional_call(self.model, (parameters, self.constants()), (model_inputs,))
+    def outputs(self, parameters: Gradient, inputs: Any, rest: Rest = None) -> Any:
+        """The model's outputs on a batch `(B, *input_shape)` as a function of `parameters`.
+
+        `rest`: of a bound function, see `bind`.
+        """
+        if self._company is not None:
+            whole, rest, rows = self._company
+            inputs, rest = whole.to(inputs).index_copy(0, rows, inputs), self.cast(rest)
+        private = inputs.clone() if isinstance(inputs, Tensor) else inputs  # a model may work in place
+        with ExitStack() as stack:
+            if self._lookup is not None:
+                private = stack.enter_context(self._lookup.replaced(private))
+            structure, _ = self._filled(private, rest)
+            return self.outputs_of(parameters, structure)
+
+    def outputs_of(self, parameters: Gradient, structure: Any) -> Any:
+        """The outputs on whole inputs, as the user would hand them to the model: nothing is replaced in them."""
+        own = rebuild(structure, _own) if is_structured(structure) else structure
+        with self._evaluation():
+            return self._call(parameters, own)
+
+    def without_lookup(self) -> LossGradient:
+        """The same function of the tokens themselves."""
+        other = copy(self)
+        other._lookup, other._template = None, None
+        return other
+
+    def _call(self, parameters: Gradient, inputs: Any) -> Any:
+        positional: tuple[Any, ...] = (inputs,)
+        named: dict[str, Any] = {}
+        if isinstance(inputs, Mapping):
+            positional, named = (), dict(inputs)
+        elif isinstance(inputs, tuple | list):
+            positional = tuple(inputs)
+        return functional_call(self.model, self._by_slot(parameters), positional, named, tie_weights=False)
+
+    def _by_slot(self, parameters: Gradient) -> dict[str, Tensor]:
+        """Every place of the model that holds a parameter or buffer, and the tensor to put there for a while.
+
+        By place and not by name: a module with two names is one place (PyTorch's `functional_call` would fill it twice,
+        and leave the second filling in the model: its issue 164759), tied parameters are two.
+        """
+        own: dict[int, str] = {id(p): n for n, p in self.model.named_parameters()}
+        copies: dict[int, Tensor] = {}
+        slots = {}
+        for path, module in self.model.named_modules():
+            prefix = f"{path}." if path else ""
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                known = own[id(parameter)]
+                slots[prefix + name] = parameters[known] if known in parameters else self._cast(_plain(parameter))
+            for name, buffer in module._buffers.items():
+                if buffer is None:
+                    continue
+                if id(buffer) not in copies:
+                    # A copy: statistics and counters move in it, the model's own stay.
+                    copies[id(buffer)] = self._cast(_plain(buffer)).clone()
+                slots[prefix + name] = copies[id(buffer)]
+        return slots
 
     @full_precision()
-    def loss(self, parameters: Gradient, inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, parameters: Gradient, inputs: Any, targets: Any) -> Tensor:
         """The scalar loss of a batch as a pure function: what every derivative here is taken of."""
-        return self.loss_fn(self.outputs(parameters, inputs), targets)
+        return self.loss_of(self.outputs(parameters, inputs, targets), targets)
 
-    def cast(self, tensor: Tensor) -> Tensor:
-        """`tensor` in the computing dtype if it is floating point, else unchanged."""
-        if not tensor.is_floating_point():
+    @full_precision()
+    def loss_of(self, outputs: Any, rest: Rest) -> Tensor:
+        """The scalar loss of a batch's outputs."""
+        if self._company is not None:
+            rest = self.cast(self._company[1])
+        targets = rest if self._template is None else self._template.fill(rest_like(rest), rest)[1]
+        targets = as_loss_takes_them(targets, outputs)
+        return self.loss_fn(outputs, targets)
+
+    def cast(self, tensor: Any) -> Any:
+        """`tensor` (or every tensor of a rest) in the computing dtype if it is floating point, else unchanged.
+
+        Targets that are whole numbers of fewer than 64 bits become int64, as losses over classes take them.
+        """
+        if isinstance(tensor, dict):
+            return map_rest(self.cast, tensor)
+        if not isinstance(tensor, Tensor):
             return tensor
-        return tensor.to(self.computing_dtype)
+        return tensor.to(self.computing_dtype) if tensor.is_floating_point() else tensor
 
-    @torch.no_grad()
-    def embed(self, tokens: Tensor) -> Tensor:
-        """The outputs of `input_module` for `tokens`, integers `(B, T)`: `(B, T, E)` in the computing dtype, detached.
+    def embed(self, tokens: Any) -> Any:
+        """The outputs of `input_module` for `tokens`: `(B, T, E)` in the computing dtype, detached.
 
         Costs two forward passes: the second, from the embeddings and placeholder tokens, must give the same outputs.
-        Raises `InputError` for what are no tokens, and `UnsupportedModelError` if the module is not called exactly
-        once, if its outputs have another shape, or if the model looks at the tokens in another place, too.
+
+        Args:
+            tokens: Integers `(B, T)`, or the model's whole inputs (a tuple or a mapping) with the tokens in them.
+
+        Returns:
+            The embeddings `(B, T, E)`; for a structure, the structure with the embeddings in the tokens' place.
+
+        Raises:
+            InputError: They are no tokens.
+            UnsupportedModelError: The module is not called exactly once, its outputs have another shape, or the model
+                looks at the tokens in another place, too.
         """
-        if self.input_module is None:
+        if self._lookup is None:
             raise InputError('`embed` needs the name of the module that embeds: pass `input_module="..."`.')
-        if tokens.is_floating_point() or tokens.ndim != 2 or tokens.numel() == 0:
-            raise InputError(f"`tokens` must be integers (B, T), got {tokens.dtype} of shape {tuple(tokens.shape)}.")
         self.check_model()
-        found: list[Any] = []
-        parameters, module = self.parameters(), self.model.get_submodule(self.input_module)
-
-        def recording(*arguments: Any, **options: Any) -> Any:
-            found.append(original(*arguments, **options))
-            return found[-1]
-
-        original = module.forward
-        with self._evaluation(), _forward_replaced(module, recording):
-            expected = functional_call(self.model, (parameters, self.constants()), (tokens,))
-        self._check_calls(len(found))
-        embeddings = found[0]
-        if not isinstance(embeddings, Tensor) or embeddings.ndim != 3 or embeddings.shape[:2] != tokens.shape:
-            got = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
-            raise UnsupportedModelError(
-                f"Module {self.input_module!r} turns tokens of shape {tuple(tokens.shape)} into {got}; it must be "
-                "(B, T, E), one embedding per token. Name the module that looks the tokens up."
-            )
-        again = self.outputs(parameters, embeddings)
-        if not torch.allclose(again, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} looks at its tokens beside {self.input_module!r} (a mask of padding, a "
-                "second table): from the embeddings and placeholder tokens it gives other outputs. Wrap it so that "
-                "whatever else it derives from the tokens is fixed."
-            )
-        return embeddings.detach().clone()
+        return self._lookup.embed(self, tokens)
 
     @property
     def computing_dtype(self) -> torch.dtype:
@@ -168,87 +321,136 @@ class LossGradient:
     # ------------------------------------------------------------------ gradients
 
     @full_precision()
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Gradient:
+    def __call__(self, inputs: Any, targets: Any) -> Gradient:
         """The gradient of the batch's loss.
 
-        `inputs`: shape `(B, *input_shape)`; `targets`: shape `(B, ...)`, as the loss takes them.
-        Returns one tensor per trainable parameter, in the parameter's shape.
-        Raises `InputError` for an empty batch, labels out of range, a wrong device or a non-finite loss, and
-        `UnsupportedModelError` for a train-mode BatchNorm or Dropout (see `train_mode`).
+        Args:
+            inputs: `(B, *input_shape)`, or a structure, see `bind`.
+            targets: `(B, ...)`, as the loss takes them.
+
+        Returns:
+            One tensor per trainable parameter, in the parameter's shape.
+
+        Raises:
+            InputError: For an empty batch, labels out of range, a wrong device or a non-finite loss.
+            UnsupportedModelError: For a train-mode BatchNorm or Dropout (see `train_mode`), and for what is random.
         """
-        self.check_batch(inputs, targets)
-        return grad(self.loss)(self.parameters(), self.cast(inputs), self.cast(targets))
+        function, inputs, targets = self.bind(inputs, targets)
+        function.check_batch(inputs, targets)
+        return function.gradient_at(function.parameters(), function.cast(inputs.detach()), function.cast(targets))
 
     @full_precision()
-    def per_example(self, inputs: Tensor, targets: Tensor, *, chunk_size: int | None = None) -> Gradient:
-        """The gradient of each example's own loss: shape `(B, *parameter_shape)` per parameter.
+    def gradient_at(self, parameters: Gradient, inputs: Tensor, rest: Rest, *, create_graph: bool = False) -> Gradient:
+        """The gradient at `parameters` of a batch that is checked already; differentiable with `create_graph`."""
+        leaves = {n: p if p.requires_grad else p.detach().requires_grad_(True) for n, p in parameters.items()}
+        with differentiable(create_graph):
+            loss = self.loss(leaves, inputs, rest)
+            self._check_graph(loss)
+            found = torch.autograd.grad(loss, list(leaves.values()), create_graph=create_graph, materialize_grads=True)
+        return dict(zip(leaves, found, strict=True))
 
-        `chunk_size`: examples at a time; a bound on memory, which is `chunk_size * P` elements and more.
+    @full_precision()
+    def per_example(self, inputs: Any, targets: Any, *, chunk_size: int | None = None) -> Gradient:
+        """The gradient of each example's own loss, a batch of one: `(B, *parameter_shape)` per parameter.
+
+        Args:
+            inputs: `(B, *input_shape)`, or a structure.
+            targets: `(B, ...)`.
+            chunk_size: Examples at a time; a bound on memory, which is `chunk_size * P` elements and more.
+
+        Returns:
+            One tensor per trainable parameter.
         """
-        self.check_batch(inputs, targets)
+        function, inputs, targets = self.bind(inputs, targets)
+        function.check_batch(inputs, targets)
+        parameters, x, rest = function.parameters(), function.cast(inputs.detach()), function.cast(targets)
 
-        def one(parameters: Gradient, x: Tensor, y: Tensor) -> Tensor:
-            return self.loss(parameters, x[None], y[None])
+        def own(p: Gradient, one: Tensor, known: Rest) -> Tensor:
+            return function.loss(p, one[None], map_rest(lambda part: part[None], known))
 
-        return vmap(grad(one), in_dims=(None, 0, 0), chunk_size=chunk_size)(
-            self.parameters(), self.cast(inputs), self.cast(targets)
-        )
+        try:
+            return vmap(grad(own), in_dims=(None, 0, 0), chunk_size=chunk_size)(parameters, x, rest)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            # What cannot be mapped over, as a forward pass that looks at its data: one by one.
+            rows = (slice(r, r + 1) for r in range(len(x)))
+            each = [function.gradient_at(parameters, x[r], rows_of(rest, r)) for r in rows]
+            return {n: torch.stack([g[n] for g in each]) for n in parameters}
 
     # ------------------------------------------------------------------ checks
 
     def check_model(self) -> None:
         """Raises `UnsupportedModelError` if a train-mode module mixes examples or is random, and that is refused."""
-        offenders = self._train_mode_offenders()
-        if offenders and self.train_mode == "error":
-            name, module, why = offenders[0]
-            more = f" (and {len(offenders) - 1} more)" if len(offenders) > 1 else ""
-            raise UnsupportedModelError(
-                f"Module {name!r} ({type(module).__name__}) is in training mode{more}: there it {why}. "
-                'Call `model.eval()` first, or pass `train_mode="eval"` to measure the eval-mode gradient, '
-                "or replace it with a layer that works per example (GroupNorm, LayerNorm)."
-            )
+        if self.train_mode == "error":
+            refuse(self.model, offenders(self.model))
 
-    def check_batch(self, inputs: Tensor, targets: Tensor) -> None:
-        """Raises a clear error for a batch that no gradient can be taken of. Costs one forward pass."""
+    @full_precision()
+    def check_batch(self, inputs: Any, targets: Any) -> Any:
+        """Raises a clear error for a batch that no gradient can be taken of. Costs one forward pass.
+
+        Returns:
+            The model's outputs on the batch, without a graph.
+        """
         self.check_model()
-        if self.input_module is not None:
-            self._check_embeddings(inputs)
+        function, inputs, targets = self.bind(inputs, targets)
+        if function._lookup is not None:
+            function._lookup.check_embeddings(inputs)
         check_batch_shape(inputs, targets)
-        parameter = self._example_parameter()
-        for name, tensor in (("inputs", inputs), ("targets", targets)):
-            if tensor.device != parameter.device:
-                raise InputError(
-                    f"`{name}` are on {tensor.device}, the model is on {parameter.device}. "
-                    f"Move one to the other: `{name}.to({str(parameter.device)!r})`."
-                )
+        check_devices(inputs, targets, self.device)
         if not torch.isfinite(inputs).all():
             raise InputError("`inputs` hold NaN or infinite values. Clean the data before measuring it.")
         with torch.no_grad():
-            parameters, targets = self.parameters(), self.cast(targets)
-            try:
-                outputs = self.outputs(parameters, self.cast(inputs))
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, IndexError) as error:
-                raise InputError(
-                    f"Inputs of shape {tuple(inputs.shape)} do not go through {type(self.model).__name__}: {error}"
-                ) from error
-            check_labels(outputs, targets, self.loss_fn)
-            loss = self.loss_fn(outputs, targets)
-        if loss.ndim:
+            outputs = function.checked_outputs(function.cast(inputs.detach()), function.cast(targets))
+            check_labels(outputs, targets if isinstance(targets, Tensor) else targets.get(TARGETS), self.loss_fn)
+            loss = check_loss(lambda: function.loss_of(outputs, function.cast(targets)), self.loss_fn)
+        del loss
+        return outputs
+
+    def checked_outputs(self, inputs: Tensor, rest: Rest) -> Any:
+        """The outputs, errors of the model's own told as errors of the input. Raises for a model that is random."""
+        try:
+            if self.train_mode == "as sent":
+                return self.outputs(self.parameters(), inputs, rest)
+            return check_deterministic(self.model, lambda: self.outputs(self.parameters(), inputs, rest))
+        except (torch.OutOfMemoryError, InputError):
+            raise
+        except Exception as error:  # whatever the user's model raises
             raise InputError(
-                f"The loss has shape {tuple(loss.shape)}; it must be one number per batch. "
-                'Use `reduction="mean"` or "sum".'
-            )
-        if not torch.isfinite(loss):
-            raise InputError(
-                f"The loss is {loss.item()}, so its gradient says nothing. Look for diverged parameters, "
-                "unscaled inputs or a log of zero in the loss."
-            )
+                f"Inputs of shape {tuple(inputs.shape)} do not go through {type(self.model).__name__}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def check_gradient(self, gradient: Mapping[str, Tensor]) -> None:
         """Raises `InputError` unless `gradient` has this model's names and shapes and only finite values."""
         check_gradient(gradient, self.parameters())
+
+    def _check_graph(self, loss: Tensor) -> None:
+        """Raises `UnsupportedModelError` where the loss was computed with the model's own parameter objects.
+
+        A model that keeps them in a plain list, or in a closure, uses them past `functional_call`: the gradient by them
+        would be lost.
+        """
+        if not loss.requires_grad:
+            raise UnsupportedModelError(
+                f"The loss does not depend on any trainable parameter of {type(self.model).__name__} in a way that "
+                "autograd sees: look for a `detach`, a `no_grad` or a conversion to NumPy in its forward."
+            )
+        own = {id(p): n for n, p in self.model.named_parameters()}
+        seen, waiting = set(), [loss.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) in own:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} uses its parameter {own[id(variable)]!r} past the module that holds "
+                    "it (from a plain list or a closure), so its gradient cannot be taken as a function. Use it as "
+                    "`module.weight`, or keep it in an `nn.ParameterList`."
+                )
+            waiting.extend(parent for parent, _ in node.next_functions)
 
     # ------------------------------------------------------------------ inside
 
@@ -258,103 +460,53 @@ class LossGradient:
     def _example_parameter(self) -> Tensor:
         return next(p for p in self.model.parameters() if p.requires_grad)
 
-    def _check_embeddings(self, inputs: Tensor) -> None:
-        """Raises `InputError` for tokens, and for what no lookup could have given."""
-        if not isinstance(inputs, Tensor):
-            return  # refused with all other inputs
-        where = f"the embeddings that {self.input_module!r} gives, floating point (B, T, E)"
-        if not inputs.is_floating_point():
-            raise InputError(f"`inputs` must be {where}, got {inputs.dtype}. For tokens pass `gradient.embed(tokens)`.")
-        if inputs.ndim != 3:
-            raise InputError(f"`inputs` must be {where}, got shape {tuple(inputs.shape)}.")
-        module = self.model.get_submodule(self.input_module or "")
-        if isinstance(module, nn.Embedding) and inputs.shape[2] != module.embedding_dim:
-            raise InputError(f"`inputs` must be {where} with E = {module.embedding_dim}, got E = {inputs.shape[2]}.")
-
-    def _check_calls(self, calls: int) -> None:
-        """Raises `UnsupportedModelError` unless the input module was called once."""
-        if calls != 1:
-            times = "never" if calls == 0 else f"{calls} times"
-            raise UnsupportedModelError(
-                f"Module {self.input_module!r} is called {times} in a forward pass of {type(self.model).__name__}; "
-                "`input_module` must be the one that embeds the tokens, called as a module and once."
-            )
-
-    @contextmanager
-    def _lookup_replaced(self, inputs: Tensor) -> Iterator[Tensor]:
-        """What to call the model with: `inputs`, or placeholder tokens while the input module answers with `inputs`."""
-        if self.input_module is None:
-            yield inputs
-            return
-        calls = 0
-
-        def given(*arguments: Any, **options: Any) -> Tensor:
-            nonlocal calls
-            calls += 1
-            return inputs
-
-        with _forward_replaced(self.model.get_submodule(self.input_module), given):
-            yield torch.zeros(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
-        self._check_calls(calls)
-
-    def _train_mode_offenders(self) -> list[tuple[str, nn.Module, str]]:
-        found = []
-        for name, module in self.model.named_modules():
-            why = _train_mode_effect(module)
-            if why:
-                found.append((name or type(module).__name__, module, why))
-        return found
-
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
-        """Switch exactly the modules that misbehave in training mode to eval, and back."""
-        modules = [m for _, m, _ in self._train_mode_offenders()] if self.train_mode == "eval" else []
-        for module in modules:
-            module.training = False
-        try:
+        """As gradguard evaluates a model: uncompiled, its attributes kept, the random numbers' state kept."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(random_state_kept())
+            state = stack.enter_context(preserved(self.model))
+            if self.random_state is not None:
+                self.random_state.restore()
+            if self.train_mode == "eval":
+                for _, module, _ in offenders(self.model):
+                    module.training = False
+            for module in self.model.modules():
+                if hasattr(module, "disable_hooks") and hasattr(module, "enable_hooks"):
+                    vars(module)["hooks_enabled"] = False  # Opacus's: they would keep every activation
+            del state
             yield
-        finally:
-            for module in modules:
-                module.training = True
 
 
-def _check_module_name(model: nn.Module, name: str) -> None:
-    """Raises `InputError`, with the names that come close, if `model` has no sub-module `name`."""
-    names = [n for n, _ in model.named_modules() if n]
-    if name not in names:
-        near = get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
-        near += [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n not in near]
-        raise InputError(f"{type(model).__name__} has no module {name!r}; there are {near}, for instance.")
+def random_state() -> RandomState:
+    """The global random numbers' state now: take it before a step's forward pass, for `train_mode="as sent"`."""
+    return RandomState.now()
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`module` computes `forward` for a while; hooks on it still run, and what stood in the way before comes back.
-
-    On the instance, as `layer_by_layer` does it: within the linearisation's own replacement this one is the
-    inner one, so a lookup that is bypassed is never recorded.
-    """
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
+def differentiable(twice: bool = True) -> Iterator[None]:
+    """With gradients, and `twice`: with kernels that can be differentiated twice (attention by its formula)."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        if twice:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
-def _train_mode_effect(module: nn.Module) -> str | None:
-    """What `module` does in training mode that a gradient per example cannot be taken through, or None."""
-    if not module.training:
-        return None
-    if isinstance(module, _BatchNorm):
-        return "normalises by the batch's statistics, so every example's gradient depends on all the others"
-    if isinstance(module, _DropoutNd) and module.p > 0:
-        return "drops values at random, so the gradient is not a function of the inputs"
-    random = isinstance(module, (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d))
-    inner_dropout = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and float(module.dropout) > 0
-    if random or inner_dropout:
-        return "draws random numbers, so the gradient is not a function of the inputs"
-    return None
+def rest_like(rest: Rest) -> Tensor:
+    """Some tensor, for a template of which only the targets are wanted."""
+    return next(iter(rest.values())) if isinstance(rest, dict) else rest
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Detached, and no inference tensor."""
+    plain = tensor.detach()
+    return plain.clone() if plain.is_inference() else plain
+
+
+def _own(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+__all__ = ["LossGradient", "TrainMode", "random_state"]

@@ -224,22 +224,12 @@ def gram_eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:
 Build = Callable[[InputJacobian], LinearOperator]
 
 
-def repeated(jacobian: InputJacobian, count: int) -> InputJacobian:
-    """Each problem `count` times over, `R count` in all: as many vectors for each go through one product."""
-    if count == 1:
-        return jacobian
-    inputs, targets = (part.repeat_interleave(count, dim=0) for part in (jacobian._inputs, jacobian._targets))
-    other = InputJacobian.of_trials(jacobian.gradient, inputs, targets, chunk_size=jacobian.chunk_size)
-    other.parameters, other.example_weight = jacobian.parameters, jacobian.example_weight
-    return other
-
-
 def gram_matrix(jacobian: InputJacobian, build: Build = InputJacobian.gram_operator) -> Tensor:
     """`build(jacobian)`, `J J^T` or a relative of it, as matrices `(R, n, n)`, from `n` products."""
     rows, n = jacobian.num_problems, jacobian.size
     like = jacobian.inputs
     count = min(n, vectors_at_once(jacobian, 1))
-    operator = build(repeated(jacobian, count))
+    operator = build(jacobian.repeated(count))
     places = torch.arange(count * -(-n // count), device=like.device).split(count)
     # Past the last row the identity is zero, so that all groups have one size.
     groups = [(places_[:, None] == torch.arange(n, device=like.device)).to(like.dtype) for places_ in places]
@@ -264,7 +254,7 @@ def probe(
     rows, _, n = start.shape
     parts = []
     for chunk in start.split(vectors_at_once(jacobian, steps), dim=1):
-        operator = build(repeated(jacobian, chunk.shape[1]))
+        operator = build(jacobian.repeated(chunk.shape[1]))
         check_every = 5 if tolerance > 0 else steps
         parts.append(
             function_product(

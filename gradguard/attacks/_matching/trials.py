@@ -17,8 +17,9 @@ from torch.func import vjp, vmap
 from gradguard.attacks._matching.distances import Distance, SquaredDistance
 from gradguard.attacks._matching.penalties import Penalty
 from gradguard.errors import InputError
-from gradguard.functional.layer_by_layer import Linearisation, is_bilinear
+from gradguard.functional.choice import way_of
 from gradguard.functional.precision import full_precision
+from gradguard.functional.problems import Problems
 from gradguard.functional.vectors import Gradient
 from gradguard.threats.observation import Observation
 
@@ -147,10 +148,10 @@ class Trials:
 
         `inputs`: `(R, B, *input_shape)`; `targets`: `(R, B, ...)`.
         """
-        soft = targets.is_floating_point()
-        if self.observation.local is None and is_bilinear(self.function, inputs[0], targets[0]):
-            point = Linearisation(self.function, self.parameters, inputs, targets, with_targets=soft)
-            return point.gradients(), point.matvec_with_targets
+        soft = isinstance(targets, Tensor) and targets.is_floating_point()
+        if self.observation.local is None:
+            way = way_of(Problems(self.function, self.parameters, inputs, targets), with_targets=soft)
+            return way.gradients(), way.matvec_with_targets
 
         def one(x: Tensor, y: Tensor) -> Gradient:
             return self.observation.gradient(self.parameters, x, y)

@@ -30,8 +30,9 @@ class BilinearLayer(ABC):
 
     def __init__(self, module: Any, weight_name: str | None, bias_name: str | None) -> None:
         self.module, self.weight_name, self.bias_name = module, weight_name, bias_name
-        self.weight: Tensor | None = module._parameters.get("weight")
-        self.bias: Tensor | None = module._parameters.get("bias")
+        # Constants: whatever else depends on a parameter then shows in autograd's graph.
+        self.weight: Tensor | None = _detached(module._parameters.get("weight"))
+        self.bias: Tensor | None = _detached(module._parameters.get("bias"))
 
     @property
     def _weight(self) -> Tensor:
@@ -413,6 +414,10 @@ def bilinear_layer(module: nn.Module, weight_name: str | None, bias_name: str | 
         plain = module.max_norm is None and module.padding_idx is None and not module.scale_grad_by_freq
         return EmbeddingLayer(module, weight_name, None) if plain else None
     return None
+
+
+def _detached(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.detach()
 
 
 def _batch_normalised(module: Any, x: Tensor) -> Tensor:

@@ -1,0 +1,134 @@
+"""Nothing of the user's changes: a model's state, its attributes, and the global random numbers, put back after use.
+
+A model may do more than compute: count its calls, update statistics, keep what it saw, draw random numbers. While
+gradguard evaluates it, all that happens to copies or is undone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of the global random number generators: torch's (CPU; CUDA where it is in use), NumPy's, Python's."""
+
+    cpu: Tensor
+    cuda: tuple[Tensor, ...]
+    numpy: Any
+    python: Any
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """As they are."""
+        cuda = (
+            tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+        )
+        return cls(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())  # noqa: NPY002  # theirs
+
+    def restore(self) -> None:
+        """Put them back."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(list(self.cuda))
+        np.random.set_state(self.numpy)  # noqa: NPY002
+        random.setstate(self.python)
+
+    def same_as(self, other: RandomState) -> bool:
+        """Whether nothing was drawn between the two."""
+        return (
+            torch.equal(self.cpu, other.cpu)
+            and all(torch.equal(a, b) for a, b in zip(self.cuda, other.cuda, strict=False))
+            and self.numpy[2] == other.numpy[2]
+            and bool((self.numpy[1] == other.numpy[1]).all())
+            and self.python == other.python
+        )
+
+
+@contextmanager
+def random_state_kept() -> Iterator[RandomState]:
+    """The global generators are where they were after the block; gives their state before it."""
+    before = RandomState.now()
+    try:
+        yield before
+    finally:
+        before.restore()
+
+
+class ModuleState:
+    """Attributes of a model's modules: what they were, to see what changed and to put it back.
+
+    Parameters and buffers are not copied: gradguard hands the model copies of them. Plain tensors and generators among
+    the attributes are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(module, _copy_of(vars(module))) for module in model.modules()]
+        self._tensors: list[tuple[Tensor, Tensor, int]] = []
+        self._generators: list[tuple[torch.Generator, Tensor]] = []
+        for module, _ in self._modules:
+            for value in vars(module).values():
+                if isinstance(value, Tensor) and not value.is_inference():
+                    self._tensors.append((value, value.detach().clone(), value._version))
+                elif isinstance(value, torch.Generator):
+                    self._generators.append((value, value.get_state()))
+
+    def random_moved(self) -> bool:
+        """Whether a generator of the model's own has been drawn from."""
+        return any(not torch.equal(generator.get_state(), state) for generator, state in self._generators)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for module, (attributes, containers) in self._modules:
+            now = vars(module)
+            if now.keys() != attributes.keys() or any(now[k] is not v for k, v in attributes.items()):
+                now.clear()
+                now.update(attributes)
+            for container, content in containers:
+                _refill(container, content)
+        with torch.no_grad():
+            for tensor, value, version in self._tensors:
+                if tensor._version != version:  # raised by anything done in place
+                    tensor.copy_(value)
+        for generator, state in self._generators:
+            generator.set_state(state)
+
+
+def _copy_of(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
+    """Attributes as they are, and the content of those that are containers."""
+    containers = [(v, v.copy()) for v in attributes.values() if isinstance(v, dict | list | set)]
+    return dict(attributes), containers
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(container, list):
+        if len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
+            container[:] = content
+        return
+    if isinstance(container, set):
+        if container != content:
+            container.clear()
+            container.update(content)
+        return
+    same = container.keys() == content.keys() and all(container[k] is v for k, v in content.items())
+    if not same:
+        container.clear()
+        container.update(content)
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[ModuleState]:
+    """The model's attributes are what they were after the block."""
+    state = ModuleState(model)
+    try:
+        yield state
+    finally:
+        state.restore()
