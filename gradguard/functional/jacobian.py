@@ -60,6 +60,7 @@ class InputJacobian:
         UnsupportedModelError: The model cannot be differentiated twice; raised by the first product.
     """
 
+    @full_precision()
     def __init__(
         self,
         gradient: LossGradient,
@@ -331,6 +332,7 @@ class InputJacobian:
         other._distinct = False
         return other
 
+    @full_precision()
     def contribution(self, examples: Sequence[int]) -> Contribution:
         """What some examples add to the batch's gradient, as a function of them alone: see `Contribution`.
 

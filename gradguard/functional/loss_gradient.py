@@ -186,6 +186,7 @@ class LossGradient:
 
     # ------------------------------------------------------------------ the pure function
 
+    @full_precision()
     def parameters(self) -> Gradient:
         """The trainable parameters now, detached, in the computing dtype, keyed as `named_parameters()`."""
         return {n: self._cast(_plain(p)) for n, p in self.model.named_parameters() if p.requires_grad}
@@ -235,9 +236,10 @@ class LossGradient:
             positional, named = (), dict(inputs)
         elif isinstance(inputs, tuple | list):
             positional = tuple(inputs)
-        return functional_call(self.model, self._by_slot(parameters), positional, named, tie_weights=False)
+        model = _unwrapped(self.model)
+        return functional_call(model, self._by_slot(model, parameters), positional, named, tie_weights=False)
 
-    def _by_slot(self, parameters: Gradient) -> dict[str, Tensor]:
+    def _by_slot(self, model: nn.Module, parameters: Gradient) -> dict[str, Tensor]:
         """Every place of the model that holds a parameter or buffer, and the tensor to put there for a while.
 
         By place and not by name: a module with two names is one place (PyTorch's `functional_call` would fill it twice,
@@ -246,7 +248,7 @@ class LossGradient:
         own: dict[int, str] = {id(p): n for n, p in self.model.named_parameters()}
         copies: dict[int, Tensor] = {}
         slots = {}
-        for path, module in self.model.named_modules():
+        for path, module in model.named_modules():
             prefix = f"{path}." if path else ""
             for name, parameter in module._parameters.items():
                 if parameter is None:
@@ -285,8 +287,10 @@ class LossGradient:
             return map_rest(self.cast, tensor)
         if not isinstance(tensor, Tensor):
             return tensor
+        tensor = _plain(tensor) if tensor.is_inference() else tensor
         return tensor.to(self.computing_dtype) if tensor.is_floating_point() else tensor
 
+    @full_precision()
     def embed(self, tokens: Any) -> Any:
         """The outputs of `input_module` for `tokens`: `(B, T, E)` in the computing dtype, detached.
 
@@ -466,16 +470,13 @@ class LossGradient:
         with ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(random_state_kept())
-            state = stack.enter_context(preserved(self.model))
+            stack.enter_context(preserved(self.model))
             if self.random_state is not None:
                 self.random_state.restore()
             if self.train_mode == "eval":
                 for _, module, _ in offenders(self.model):
                     module.training = False
-            for module in self.model.modules():
-                if hasattr(module, "disable_hooks") and hasattr(module, "enable_hooks"):
-                    vars(module)["hooks_enabled"] = False  # Opacus's: they would keep every activation
-            del state
+            _drop_grad_sample_hooks(self.model)
             yield
 
 
@@ -497,6 +498,25 @@ def differentiable(twice: bool = True) -> Iterator[None]:
 def rest_like(rest: Rest) -> Tensor:
     """Some tensor, for a template of which only the targets are wanted."""
     return next(iter(rest.values())) if isinstance(rest, dict) else rest
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module behind a wrapper that copies a model to several devices, which a pure function must not."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
+def _drop_grad_sample_hooks(model: nn.Module) -> None:
+    """Without the hooks of Opacus's `GradSampleModule`, which keep every activation; the caller puts them back."""
+    for wrapper in model.modules():
+        if not hasattr(wrapper, "autograd_grad_sample_hooks"):
+            continue
+        for module in wrapper.modules():
+            for hooks in (module._forward_hooks, module._backward_hooks):
+                for key, hook in list(hooks.items()):
+                    if getattr(getattr(hook, "func", hook), "__self__", None) is wrapper:
+                        del hooks[key]
 
 
 def _plain(tensor: Tensor) -> Tensor:
