@@ -46,7 +46,7 @@ class Reference:
 
     def loss(self, leaf: Tensor) -> Tensor:
         """The batch's loss; buffers move as the model moves them, so each call starts from the same ones."""
-        with _buffers_kept(self.model), torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH):
+        with _state_kept(self.model), torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH):
             with self._called_with(leaf) as inputs:
                 outputs = _call(self.model, inputs)
             return self.loss_fn(outputs, self.targets)
@@ -79,7 +79,7 @@ class Reference:
 
     def rmatvec(self, u: Tensor, *, per_example: bool) -> dict[str, Tensor]:
         """`J^T u`: `(B, *parameter_shape)` per example, else `parameter_shape`."""
-        leaf, by_inputs = self._by_inputs
+        _, by_inputs = self._by_inputs
         rows = [u * _only(r, u) for r in range(len(u))] if per_example else [u]
         images = [self._named(self._grad((by_inputs * row).sum(), self.parameters, keep=True)) for row in rows]
         return {n: torch.stack([i[n] for i in images]) for n in self.names} if per_example else images[0]
@@ -111,7 +111,7 @@ class Reference:
 
     def influence(self, delta: Mapping[str, Tensor], *, per_example: bool, damping: float = 0.0) -> Tensor:
         """`|(J J^T + damping)^+ J delta|` of each problem, by the singular values of `J`."""
-        left, singular, right = torch.linalg.svd(self.problems(per_example), full_matrices=False)
+        _, singular, right = torch.linalg.svd(self.problems(per_example), full_matrices=False)
         image = torch.einsum("rkp,p->rk", right, self.flat(delta))
         cut = 1e-15 * max(self.jacobian.shape) * singular[:, :1]
         gain = torch.where(singular > cut, singular / (singular**2 + damping).clamp_min(1e-300), 0.0)
@@ -159,13 +159,16 @@ def _call(model: nn.Module, inputs: object) -> object:
 
 
 @contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Buffers that a forward pass moves are put back; not in place, since graphs may hold them."""
-    owners = [(m, n, b) for m in model.modules() for n, b in m._buffers.items() if b is not None]
-    for module, name, buffer in owners:
+def _state_kept(model: nn.Module) -> Iterator[None]:
+    """Buffers and attributes that a forward pass moves are put back; not in place, since graphs may hold them."""
+    attributes = [(m, {n: v for n, v in vars(m).items() if n[:1] != "_"}) for m in model.modules()]
+    buffers = [(m, n, b) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+    for module, name, buffer in buffers:
         module._buffers[name] = buffer.clone()
     try:
         yield
     finally:
-        for module, name, buffer in owners:
+        for module, name, buffer in buffers:
             module._buffers[name] = buffer
+        for module, kept in attributes:
+            vars(module).update(kept)

@@ -6,11 +6,10 @@ nothing of gradguard, or be refused as the case says.
 
 from __future__ import annotations
 
-from case_kinds import losses
+from case_kinds import layers, losses, mixing, structure, structures
 from case_kinds.case import Case
 
-CASES: tuple[Case, ...] = (*losses.CASES,)
-REFUSED: tuple[Case, ...] = tuple(c for c in CASES if c.refused)
+CASES: tuple[Case, ...] = (*losses.CASES, *layers.CASES, *structure.CASES, *mixing.CASES, *structures.CASES)
 
 if len({c.name for c in CASES}) != len(CASES):
     raise ValueError("Two cases have one name.")

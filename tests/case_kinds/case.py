@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ class Case:
     `plain`: the same function without a wrapper, for the reference; its parameters are in the same order.
     `tolerance`: relative, in float64; where it is not 1e-6, the case says why.
     `own_dtype`: the case is about the dtype of its model: it is measured in it, and compared at `dtype_tolerance`.
+    `around`: what gradguard is called within.
     `tags`: what kind of case it is; "slow" ones are left out of the quick tests.
     """
 
@@ -41,6 +43,7 @@ class Case:
     tolerance: float = 1e-6
     own_dtype: bool = False
     dtype_tolerance: float = 1e-6
+    around: Callable[[], AbstractContextManager] = nullcontext
     tags: frozenset[str] = frozenset()
 
     def build(self) -> Made:

@@ -75,6 +75,13 @@ class Trainer:
         return self.scale * F.cross_entropy(outputs, targets)
 
 
+WEIGHTS = torch.tensor([1.0, 9.0, 3.0])
+
+
+def fixed_weights(outputs, targets):
+    return F.cross_entropy(outputs, targets, weight=WEIGHTS)
+
+
 class LearnedScale(nn.Module):
     """A loss with state of its own that is not trained."""
 
@@ -84,6 +91,11 @@ class LearnedScale(nn.Module):
 
     def forward(self, outputs, targets):
         return F.mse_loss(self.scale * outputs, targets)
+
+
+def margins(outputs, targets):
+    below = F.relu(1 - outputs.gather(1, targets[:, None]) + outputs)
+    return (below.sum(1) - 1).mean() / outputs.shape[1]
 
 
 def nce(outputs, targets):
@@ -260,7 +272,13 @@ CASES: list[Case] = [
         "loss",
     ),
     case("multi-label soft margin", binary(nn.MultiLabelSoftMarginLoss), "loss"),
-    case("multi-margin", with_loss(nn.MultiMarginLoss), "loss", may_refuse="(?i)multi_?margin"),
+    case(
+        "multi-margin",
+        with_loss(nn.MultiMarginLoss),
+        "loss",
+        plain=with_loss(lambda: margins),
+        may_refuse="(?i)multi_?margin",
+    ),
     case("hinge by hand", with_loss(lambda: lambda o, t: F.relu(1 - o.gather(1, t[:, None])).square().mean()), "loss"),
     case(
         "focal",
@@ -318,6 +336,30 @@ CASES: list[Case] = [
         "standardised by the batch's targets",
         with_loss(lambda: lambda o, t: F.mse_loss(o, (t - t.mean(0)) / t.std(0)), real),
         "loss",
+    ),
+    case(
+        "float32 weights in a lambda",
+        with_loss(lambda: fixed_weights),
+        "loss",
+        plain=with_loss(lambda: nn.CrossEntropyLoss(weight=WEIGHTS)),
+        may_refuse="(?i)dtype|float|double",
+    ),
+    case(
+        "sum over some, no label but ignored ones",
+        with_loss(lambda: nn.CrossEntropyLoss(reduction="sum"), lambda: torch.tensor([0, -100, -100])),
+        "loss",
+    ),
+    case(
+        "every label ignored",
+        with_loss(nn.CrossEntropyLoss, lambda: torch.tensor([-100, -100, -100])),
+        "loss",
+        refused="(?i)nan|finite",
+    ),
+    case(
+        "loss per example, not one number",
+        with_loss(lambda: nn.CrossEntropyLoss(reduction="none")),
+        "loss",
+        refused="reduction",
     ),
     case("CTC", ctc, "loss", may_refuse="(?i)ctc"),
 ]
