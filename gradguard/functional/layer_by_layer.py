@@ -121,7 +121,12 @@ class LayerByLayer:
 
     def gradients(self) -> Gradient:
         """Each problem's own gradient: `(R, *parameter_shape)` per parameter."""
-        return self._sum({}, [(call.layer.outer(call.a, call.k, self.problems), call.k) for call in self.calls])
+        found = self._sum({}, [(call.layer.outer(call.a, call.k, self.problems), call.k) for call in self.calls])
+        # A parameter that the loss does not reach (a lookup that is bypassed): zeros that take no memory.
+        return {
+            n: found[n] if n in found else p.new_zeros(()).expand(self.problems, *p.shape)
+            for n, p in self.parameters.items()
+        }
 
     def rmatvec(self, u: Tensor) -> Gradient:
         """`J_r^T u_r`: `(R, *parameter_shape)` per parameter."""
