@@ -20,7 +20,7 @@ class Made(NamedTuple):
     targets: Any
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
     """One (model, loss, batch).
 
