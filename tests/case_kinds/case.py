@@ -20,7 +20,7 @@ class Made(NamedTuple):
     targets: Any
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
     """One (model, loss, batch).
 
@@ -79,7 +79,7 @@ def labels(batch: int = 3, classes: int = 3) -> Tensor:
 def to_double(value: Any) -> Any:
     """Floating-point tensors of any structure in float64, the rest as it is."""
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
+        return value.double().clone() if value.is_floating_point() else value.clone()
     if isinstance(value, Mapping):
         return {k: to_double(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
