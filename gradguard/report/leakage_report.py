@@ -23,11 +23,10 @@ Case = Literal["without", "with"]  # the gradient as it is, and as the defense s
 class Verdict:
     """What to do with a gradient, and why.
 
-    Args:
-        decision: "send" it as it is, "perturb" it (send the perturbed one), or "block" it (send neither).
-        reasons: Sentences for people, at least one.
-        noise_ratio: `|sent - true| / |true|` of the gradient that the decision is about.
-        measures: The numbers the decision rests on, by name.
+    `decision`: "send" it as it is, "perturb" it (send the perturbed one), or "block" it (send neither).
+    `reasons`: sentences for people, at least one.
+    `noise_ratio`: `|sent - true| / |true|` of the gradient that the decision is about.
+    `measures`: the numbers the decision rests on, by name.
     """
 
     decision: Decision
@@ -40,15 +39,11 @@ class Verdict:
 class AttackScore:
     """How close one attack came to the truth, per example attacked.
 
-    Args:
-        psnr: One per example, dB in [0, 1] pixel space.
-        ssim: One per example, in [-1, 1].
-        mse: One per example, pixel units squared.
-        matching_loss: The attack's own relative squared gradient distance, mean over observations.
-        converged: Share of observations on which the attack converged by its own criterion.
-        seconds: Wall clock over all observations.
-        failure: Why the attack could not run; the lists are then empty.
-        pictures: The reconstructions, shape `(examples, *input_shape)`. Private: written nowhere unless asked for.
+    `psnr`: dB in [0, 1] pixel space; `ssim`: in [-1, 1]; `mse`: pixel units squared; each a list over examples.
+    `matching_loss`: the attack's own relative squared gradient distance, mean over observations.
+    `converged`: share of observations on which the attack converged by its own criterion.
+    `seconds`: wall clock over all. `failure`: why the attack could not run; the lists are then empty.
+    `pictures`: `(examples, *input_shape)`: private, written nowhere unless asked for.
     """
 
     psnr: list[float] = field(default_factory=list)
@@ -63,14 +58,10 @@ class AttackScore:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelScore:
-    """How much of the labels was recovered. Shares are in [0, 1]; see `leakage.LabelRecovery`.
+    """How much of the labels was recovered.
 
-    Args:
-        le_acc: Share of the `C` classes whose presence was recovered rightly.
-        ln_acc: Share of the `C` classes whose count was recovered rightly.
-        i_rec: `sum_c min(n_hat_c, n_c) / B`.
-        recovered: Counts per class, as recovered.
-        true: Counts per class.
+    `le_acc`: classes whose presence was told rightly, `ln_acc`: classes whose count was told rightly, both over all
+    `C` classes; `i_rec`: `sum_c min(n_hat_c, n_c) / B`; all in [0, 1]. `recovered`, `true`: counts per class.
     """
 
     le_acc: float
@@ -84,33 +75,24 @@ class LabelScore:
 class LeakageReport:
     """Everything an audit of one batch found. Lists run over the batch's examples.
 
-    What leaks is given in closed form (I2F, Zhang et al. 2023), per example, for an attacker who knows all the others,
-    and as attacks found it.
+    What was measured:
+    `model`, `defense`: their names; `input_shape`, `labels`, `class_names`;
+    `attacked`: indices (into the batch) of the examples that were attacked, in the order of the attacks' lists;
+    `gradient_norm`: `|g|`; `noise_ratio`: `|delta| / |g|` of the defense (0 without one).
 
-    Args:
-        model: The model's name.
-        defense: The defense's name; `None` without one.
-        input_shape: Of one example.
-        labels: One per example.
-        class_names: One per class.
-        attacked: Indices into the batch of the examples that were attacked, in the order of the attacks' lists.
-        gradient_norm: `|g|`.
-        noise_ratio: `|delta| / |g|` of the defense (0 without one).
-        predicted_error: `|x_hat - x|` of a perfect attacker on the defended gradient, in input units (Euclidean norm
-            over the example).
-        predicted_converged: Whether the solver of `predicted_error` did.
-        lower_bound: A cheap lower bound of `predicted_error`.
-        lambda_max: The largest eigenvalue of `J J^T`.
-        spectrum: Eigenvalues of `J J^T`, largest first, a list per example (all for small inputs, the leading ones
-            otherwise).
-        attacks: What attacks get: `attacks[name]["without" | "with"]` the defense.
-        label_recovery: What was recovered of the labels: `label_recovery["without" | "with"]`.
-        prior_psnr: What guessing the data's mean picture gets, dB: no attack below it has learnt anything.
-        verdict: What the policy says.
-        environment: Versions, device, dtype, date.
-        extra: Further sections of the main job (`accuracy`, `influence_check`) and the threat model's fields
-            (`threat`), plain data.
-        originals: Shape `(attacked, *input_shape)`; private like the attacks' pictures.
+    What leaks, in closed form (I2F, Zhang et al. 2023); per example, the attacker knowing all the others:
+    `predicted_error`: `|x_hat - x|` of a perfect attacker on the defended gradient, in input units (Euclidean norm
+    over the example); `lower_bound`: its cheap lower bound; `lambda_max`: of `J J^T`;
+    `predicted_converged`: whether the solver did; `spectrum`: eigenvalues of `J J^T`, largest first, a list per
+    example (all for small inputs, the leading ones otherwise).
+
+    What attacks get: `attacks[name]["without" | "with"]`, and `label_recovery["without" | "with"]`.
+    `prior_psnr`: dB, what guessing the data's mean picture gets: no attack below it has learnt anything.
+
+    `verdict`: what the policy says. `environment`: versions, device, dtype, date.
+    `extra`: further sections of the main job (`accuracy`, `influence_check`) and the threat model's fields (`threat`),
+    plain data.
+    `originals`: `(attacked, *input_shape)`, private like the attacks' pictures.
     """
 
     model: str
@@ -141,12 +123,8 @@ class LeakageReport:
         return self.class_names[label] if 0 <= label < len(self.class_names) else str(label)
 
     def worst_example(self) -> int | None:
-        """The example that leaks most.
-
-        Returns:
-            Its index into the batch: the highest PSNR of any attack on the defended gradient (on the bare one without a
-            defense), or, where nothing was attacked, the lowest predicted error. `None` if neither is known.
-        """
+        """Index into the batch of the example that leaks most: highest PSNR of any attack on the defended gradient
+        (on the bare one without a defense), or, where nothing was attacked, the lowest predicted error."""
         best: dict[int, float] = {}
         for cases in self.attacks.values():
             score = cases.get("with", cases.get("without"))
