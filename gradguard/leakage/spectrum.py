@@ -324,15 +324,7 @@ def repeated(jacobian: InputJacobian, count: int) -> InputJacobian:
 
 
 def gram_matrix(jacobian: InputJacobian, build: Build = InputJacobian.gram_operator) -> Tensor:
-    """`J J^T`, or a relative of it, as matrices, from `n` products.
-
-    Args:
-        jacobian: `R` problems with `n` input elements each.
-        build: Makes the operator from the Jacobian.
-
-    Returns:
-        Shape `(R, n, n)`, symmetric.
-    """
+    """`build(jacobian)`, `J J^T` or a relative of it, as matrices `(R, n, n)`, from `n` products."""
     rows, n = jacobian.num_problems, jacobian.size
     like = jacobian.inputs
     count = min(n, vectors_at_once(jacobian, 1))
