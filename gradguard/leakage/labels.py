@@ -59,17 +59,9 @@ def label_recovery(recovered: Tensor, true: Tensor) -> LabelRecovery:
 
 
 def count_labels(labels: Tensor, num_classes: int) -> Tensor:
-    """How often each class occurs in a batch.
+    """How often each class stands in `labels` `(B,)` int64: shape `(C,)` int64, on the labels' device.
 
-    Args:
-        labels: Class indices, shape `(B,)`, integer.
-        num_classes: Number of classes `C`.
-
-    Returns:
-        Shape `(C,)`, int64, on the labels' device.
-
-    Raises:
-        InputError: If a label is not a class index `0 .. num_classes - 1`.
+    Raises `InputError` for labels that are no class indices `0 .. num_classes - 1`.
     """
     if labels.ndim != 1 or labels.is_floating_point():
         raise InputError(
