@@ -306,15 +306,7 @@ Build = Callable[[InputJacobian], LinearOperator]
 
 
 def repeated(jacobian: InputJacobian, count: int) -> InputJacobian:
-    """Each problem several times over, so that as many vectors for each go through one product.
-
-    Args:
-        jacobian: `R` problems.
-        count: How often each is repeated.
-
-    Returns:
-        `R * count` problems, the copies of one beside each other.
-    """
+    """Each problem `count` times over, `R count` in all: as many vectors for each go through one product."""
     if count == 1:
         return jacobian
     inputs, targets = (part.repeat_interleave(count, dim=0) for part in (jacobian._inputs, jacobian._targets))
