@@ -1,4 +1,4 @@
-"""Every example in the documentation runs, and the API page and the navigation name everything that is there.
+"""Every example in the documentation runs; the API page, the navigation and the drawn house name all that is there.
 
 A page's ```python fences run in order, as one script, in an empty folder. A fence right below a comment
 `<!-- not run: reason -->` is left out.
@@ -93,3 +93,25 @@ def test_every_public_module_is_on_the_api_page():
         return module in named or package in named or any(n.startswith(f"{module}.") for n in named)
 
     assert not [m for m in public_modules() if not covered(m)]
+
+
+def contract_layers() -> list[list[str]]:
+    """The floors of the house, from the roof down, as `[tool.importlinter]` in pyproject.toml has them."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (layers,) = re.findall(r"^layers = \[\n(.*?)^\]", project, flags=re.MULTILINE | re.DOTALL)
+    return [floor.split(" | ") for floor in re.findall(r'"(.+?)"', layers)]
+
+
+def test_the_house_in_contributing_is_the_linters():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    house = page[page.index("## The house") :]
+    block = house[house.index("```text\n") + len("```text\n") :].partition("```")[0]
+    floors = [re.split(r" {2,}", line, maxsplit=1) for line in block.splitlines()]
+    assert all(len(floor) == 2 for floor in floors), "each floor has a word on what it holds"
+    assert [names.split(" | ") for names, _ in floors] == contract_layers()
+
+
+def test_the_floors_in_the_design_notes_are_the_linters():
+    page = (ROOT / "docs" / "design-notes.md").read_text(encoding="utf-8")
+    floors = re.findall(r"^\| \d+ \| (.+?) \|", page, flags=re.MULTILINE)
+    assert [re.findall(r"`(\w+)`", floor) for floor in floors][::-1] == contract_layers()

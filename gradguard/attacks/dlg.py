@@ -13,9 +13,15 @@ from gradguard.attacks._matching.search import Optimiser
 class DLG(MatchingAttack):
     """Zhu, Liu & Han 2019, "Deep leakage from gradients": match the gradient in squared distance by L-BFGS.
 
-    Unknown labels are optimised beside the inputs, as in the paper (`labels="joint"`).
-    `evaluations`: gradient evaluations of all trials. Differs from the paper in: a Wolfe line search, `restarts`
-    trials side by side, float64, and a second-order polish (`polish=0` leaves it out).
+    Differs from the paper in: a Wolfe line search, `restarts` trials side by side, float64, and a second-order polish
+    (`polish=0` leaves it out).
+
+    Args:
+        evaluations: Gradient evaluations of all trials, at least 1.
+        memory: Pairs that L-BFGS keeps per trial.
+        polish: Steps of the second-order polish at most.
+        labels: What is done about unknown labels: "joint" optimises them beside the inputs, as in the paper. This and
+            the other options are those of the matching engine.
     """
 
     evaluations: int = 300
@@ -36,6 +42,10 @@ class DLG(MatchingAttack):
 
 @dataclass(frozen=True, kw_only=True)
 class IDLG(DLG):
-    """Zhao, Mopuri & Bilen 2020, "iDLG": the label from the last layer's signs, then DLG on the inputs alone."""
+    """Zhao, Mopuri & Bilen 2020, "iDLG": the label from the last layer's signs, then DLG on the inputs alone.
+
+    Args:
+        labels: "inferred", from the last layer. The other options are those of `DLG`.
+    """
 
     labels: UnknownLabels = "inferred"

@@ -26,6 +26,17 @@ class GradInversion(MatchingAttack):
     with a cosine decay after a warm-up. Differs from the paper in: the squared distance is relative to the sent
     gradient, which is why `batch_norm` is 1e-3 where the paper has 0.1; no noise is added to the steps, the group's
     mean is not registered, and a quarter of the paper's 20,000 iterations are the default.
+
+    Args:
+        iterations: Steps of Adam.
+        learning_rate: Of Adam, in units of inputs.
+        total_variation: Weight of that penalty; 0 leaves it out, as with the following ones.
+        squared_norm: Weight of the inputs' mean square (Eq. 5).
+        batch_norm: Weight of the BatchNorm statistics (Eq. 7). The model needs a BatchNorm with running statistics.
+        group_consistency: Weight of the distance to the mean of a picture's trials (Eq. 11).
+        restarts: Trials per picture.
+        boxed: Keep inputs in the observation's value range.
+        dtype: What the search computes in. The other options are those of the matching engine.
     """
 
     iterations: int = 5000

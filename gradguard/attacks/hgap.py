@@ -56,13 +56,6 @@ class HGAP(RGAP):
     `x0 + N a`, with `N` a basis of what its equations do not see; `a` and the picture are found together, from the
     layers below and the prior, in some rounds of dense linear algebra (CNN6-d: 4 rounds of 2 s on one core).
 
-    `tolerance`, `damping`, `max_iterations`: R-GAP's.
-    `prior`: what pictures look like, around the middle of the value range (around 0 if there is none). Only its shape
-        matters much: one that is too narrow is widened.
-    `rounds`: at most so many linearisations.
-    `max_unknowns`: where the layer's input or a value below it is wider, R-GAP's solution stays. Time grows with the
-        cube, memory with the square (some 7 matrices of that size at the worst moment, 0.7 GB for CNN6-d).
-
     The row of a completed layer in `details["layers"]` says beside R-GAP's columns: `deficit`, the unknowns that its
     equations do not determine; `constraints`, the ones they do; `rounds`; `undecided_at_first` and `undecided`, units
     of the activations below that are not on a known straight piece; `uncertainty`, the posterior's standard deviation
@@ -70,6 +63,17 @@ class HGAP(RGAP):
     prior that fits. `residual` is then that of the picture found, through all layers below. `details["deficient"]`
     names the completed layers. The attack has converged if R-GAP's condition holds, and no completed layer has
     undecided units or an `uncertainty` above 0.01.
+
+    Args:
+        prior: What pictures look like, around the middle of the value range (around 0 if there is none). Only its shape
+            matters much: one that is too narrow is widened.
+        rounds: Largest number of linearisations, at least 1.
+        max_unknowns: Where the layer's input or a value below it is wider, R-GAP's solution stays. Time grows with the
+            cube, memory with the square (some 7 matrices of that size at the worst moment, 0.7 GB for CNN6-d).
+            `tolerance`, `damping` and `max_iterations` are R-GAP's.
+
+    Raises:
+        InputError: If `rounds` or `max_unknowns` is below 1.
     """
 
     prior: PowerLawPrior = field(default_factory=PowerLawPrior)
@@ -108,7 +112,14 @@ class HGAP(RGAP):
     def completed(self, problem: Problem, layer: Affine, solved: Solved, worst: float) -> Solved:
         """A layer's input as R-GAP solved it, with what its equations leave open determined by the layers below.
 
-        `worst`: the largest relative residual of the layers above.
+        Args:
+            problem: The chain and what was sent.
+            layer: The layer whose input is sought.
+            solved: R-GAP's solution.
+            worst: The largest relative residual of the layers above.
+
+        Returns:
+            The completed solution, or `solved` where nothing is open or the layer is too wide.
         """
         below = problem.chain.steps[: problem.chain.steps.index(layer) + 1]
         widest = max(math.prod(step.input_shape) for step in below)
@@ -206,10 +217,17 @@ def _sees_all(operator: LinearOperator) -> bool:
 
 
 def null_space(operator: LinearOperator, expected: int, threshold: float) -> Tensor:
-    """An orthonormal basis `(n, deficit)` of what one operator (`R = 1`) maps to nothing.
+    """An orthonormal basis of what one operator maps to nothing.
 
-    Singular values below `threshold` count as zero, for rows of norm 1. `expected`: a lower bound of the deficit.
     Inverse iteration on the Gram matrix: a tenth of the time of all its eigenvectors.
+
+    Args:
+        operator: One map (`R = 1`), shape `(1, m, n)`, rows of norm 1.
+        expected: A lower bound of the deficit.
+        threshold: Singular values below it count as zero.
+
+    Returns:
+        Shape `(n, deficit)`.
     """
     n = operator.shape[2]
     matvec = torch.func.vmap(lambda v: operator.matvec(v[None])[0], chunk_size=_CHUNK)
@@ -286,8 +304,14 @@ class _Below:
     ) -> _Found:
         """The posterior given that the layer's input is `x + unseen a` for some `a`.
 
-        `arguments`: over what each activation is linearised (`None`: over the prior). `noise`: what is added to the
-        layer's input, relative to its size.
+        Args:
+            x: The input as R-GAP solved it.
+            unseen: The basis of what its equations do not see, `(n, deficit)`.
+            arguments: Mean and variance that each activation is linearised over (`None`: the prior's).
+            noise: What is added to the layer's input, relative to its size.
+
+        Returns:
+            The posterior's mean and what goes with it.
         """
         self.root = self.root[:0]  # let go before the next one is made
         mean = self.chain(self.mean, self.parameters, stop=self.first).flatten()
@@ -344,7 +368,13 @@ class _Below:
     def _known(self, rows: Tensor, start: int, pull: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """By how much the layer's equations move the values before step `start`, and lower their variance.
 
-        `rows`: of those values' covariance. `pull`: what moves them (`None`: nothing).
+        Args:
+            rows: Of those values' covariance.
+            start: The step.
+            pull: What moves them (`None`: nothing).
+
+        Returns:
+            Both, one number per row.
         """
         rows = self._through(rows, start, self.stop)
         white = torch.linalg.solve_triangular(self.root, rows.mT, upper=False)
@@ -376,6 +406,14 @@ def linearise(step: Activation, mean: Tensor, variance: Tensor) -> tuple[Tensor,
 
     Gauss-Hermite quadrature, per element. Source: Garcia-Fernandez et al. 2015, Eq. 8-10 (statistical linear
     regression).
+
+    Args:
+        step: The activation.
+        mean: Of `z`, any shape.
+        variance: Of `z`, the same shape.
+
+    Returns:
+        `slope`, `shift` and the variance off the line, each in that shape.
     """
     points, masses = np.polynomial.hermite_e.hermegauss(64)
     nodes, weights = mean.new_tensor(points)[:, None], mean.new_tensor(masses / masses.sum())[:, None]

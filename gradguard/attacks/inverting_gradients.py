@@ -17,13 +17,21 @@ from gradguard.attacks._matching.search import Optimiser
 class InvertingGradients(MatchingAttack):
     """Geiping et al. 2020, "Inverting gradients - how easy is it to break privacy in federated learning?"
 
-    Minimises `1 - cosine + total_variation * TV` by Adam on the sign of the derivative, inputs kept in
-    the observation's value range. `learning_rate` falls tenfold at 3/8, 5/8 and 7/8 of the `iterations`.
+    Minimises `1 - cosine + total_variation * TV` by Adam on the sign of the derivative, inputs kept in the
+    observation's value range.
 
     `learning_rate` and `total_variation` are in units of inputs. The numbers are the authors', who count in normalised
     inputs; their own steps in [0, 1] are a standard deviation (about 1/4) times as long and their total variation
     weighs 4 times as much: `learning_rate=0.025, total_variation=4e-4` (docs/matching.md compares the
     two on one network).
+
+    Args:
+        iterations: Steps of Adam.
+        learning_rate: Of Adam; falls tenfold at 3/8, 5/8 and 7/8 of the `iterations`.
+        total_variation: Weight of that penalty; 0 leaves it out.
+        restarts: Trials per picture.
+        boxed: Keep inputs in the observation's value range.
+        dtype: What the search computes in. The other options are those of the matching engine.
     """
 
     iterations: int = 4800

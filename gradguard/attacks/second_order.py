@@ -14,8 +14,14 @@ from gradguard.errors import InputError
 class LevenbergMarquardt(MatchingAttack):
     """Minimise the squared distance of gradients by damped Gauss-Newton steps from the start on (ours).
 
-    `iterations`: steps, each a least-squares problem in the input Jacobian (`matching.levenberg_marquardt`);
-    it replaces `polish`, which is the same thing after another search. For smooth networks.
+    For smooth networks.
+
+    Args:
+        iterations: Steps, at least 1, each a least-squares problem in the input Jacobian
+            (`matching.levenberg_marquardt`). It replaces `polish`, which is the same thing after another search.
+
+    Raises:
+        InputError: If `iterations` is below 1, or `polish` is given.
     """
 
     iterations: int = 100

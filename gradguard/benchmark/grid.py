@@ -28,12 +28,17 @@ Training = Callable[[Defense | None], float]
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRow:
-    """One defense.
+    """What one defense leaves of one batch.
 
-    `defense`: its repr, "none" for the bare gradient. `noise_ratio`: `|delta| / |g|`. `cosine`: between the sent and
-    the true gradient, in [-1, 1]. `predicted_error`: I2F of the worst example, input units. `psnr`: dB, per attack on
-    its worst example. `best_psnr`: the best of them: the number that counts. `label_recovery`: IRec in [0, 1].
-    `score`: what training with it reached, where a training was given.
+    Args:
+        defense: Its repr, "none" for the bare gradient.
+        noise_ratio: `|delta| / |g|`.
+        cosine: Between the sent and the true gradient, in [-1, 1].
+        predicted_error: I2F of the worst example, input units.
+        psnr: dB, per attack on its worst example.
+        best_psnr: The best of them: the number that counts.
+        label_recovery: IRec, in [0, 1].
+        score: What training with it reached, where a training was given.
     """
 
     defense: str
@@ -88,10 +93,22 @@ def compare(
     seed: int = 0,
     workers: int = 1,
 ) -> Comparison:
-    """Audit one batch's gradient bare and under each of `defenses`, with the same attacks and the same starts.
+    """Audit one batch's gradient bare and under each of several defenses, with the same attacks and the same starts.
 
-    `training`: also train with each defense and score it: privacy is worth nothing without usefulness beside it.
-    `workers`: defenses at a time (joblib processes). The rest is as in `Guard.audit`.
+    Args:
+        model: As in `Guard.audit`.
+        loss_fn: As in `Guard.audit`.
+        inputs: Shape `(B, *input_shape)`.
+        targets: Shape `(B, ...)`.
+        defenses: What is compared.
+        attacks: As in `Guard`.
+        threat: As in `Guard`.
+        training: Also train with each defense and score it: privacy is worth nothing without usefulness beside it.
+        seed: Of the noise and of the attacks' starts.
+        workers: Defenses at a time (joblib processes).
+
+    Returns:
+        A row per defense, the bare gradient first.
     """
 
     def row(defense: Defense | None) -> ComparisonRow:

@@ -14,14 +14,21 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Activation:
-    """An elementwise function. `function`: its value; `inverse_function`: `None` if it is not one-to-one.
+    """An elementwise function.
 
-    `interval`: the open interval of its values; `kink`: the argument at which the derivative jumps, if there is one.
-    `turn`: the argument below which the function falls again (SiLU, GELU, Mish): the inverse is that of the rising
-    branch, and every value below 0 has a second argument, `other_function` of the value.
-    `flat`: values that many arguments share, each with derivative zero, where every other value is its own argument:
-    0 for ReLU, 0 and 6 for ReLU6.
-    `name`: the module's path, or what the call is named in the trace.
+    Args:
+        kind: What it is called.
+        function: Its value.
+        inverse_function: The argument of a value, on the rising branch; `None` if it is not one-to-one.
+        interval: The open interval of its values.
+        kink: The argument at which the derivative jumps, if there is one.
+        turn: The argument below which the function falls again (SiLU, GELU, Mish): the inverse is that of the rising
+            branch, and every value below 0 has a second argument.
+        other_function: That second argument of a value.
+        flat: Values that many arguments share, each with derivative zero, where every other value is its own argument:
+            0 for ReLU, 0 and 6 for ReLU6.
+        name: The module's path, or what the call is named in the trace.
+        input_shape: Of the arguments.
     """
 
     kind: str
@@ -66,9 +73,14 @@ class Activation:
         return torch.func.grad(lambda t: self.function(t).sum())(z)
 
     def outside(self, v: Tensor, margin: float = 0.0) -> Tensor:
-        """Where `v` is no value of the function (rounding or noise put it there): bool, shaped like `v`.
+        """Where `v` is no value of the function (rounding or noise put it there).
 
-        `margin`: how far beyond a value that is reached (ReLU's zero) still counts as that value.
+        Args:
+            v: Any shape.
+            margin: How far beyond a value that is reached (ReLU's zero) still counts as that value.
+
+        Returns:
+            Bool, shaped like `v`.
         """
         low, high = self._limits(v.dtype)
         margin = margin if self.flat else 0.0
@@ -85,9 +97,14 @@ class Activation:
     def other(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the argument and the derivative may be instead, and how far `z` is from where that is in doubt.
 
-        Each shaped like `z`. Next to a kink the argument is the same and the derivative that of the other side; the
-        distance is that to the kink. A value with a second argument is in doubt whatever `z` (distance 0), all others
-        are not (infinite).
+        Next to a kink the argument is the same and the derivative that of the other side; the distance is that to the
+        kink. A value with a second argument is in doubt whatever `z` (distance 0), all others are not (infinite).
+
+        Args:
+            z: Arguments, any shape.
+
+        Returns:
+            Argument, derivative and distance, each shaped like `z`.
         """
         if self.kink is not None:
             return z, self.derivative(2 * self.kink - z), (z - self.kink).abs()

@@ -76,6 +76,13 @@ def turning(kind: str, function: Callable[[Tensor], Tensor]) -> Activation:
     """A smooth ReLU that falls to a minimum below 0 and rises from there: one-to-one on either side of it.
 
     Beyond its minimum it is within 0.32 of ReLU. Both inverses by bisection.
+
+    Args:
+        kind: What it is called.
+        function: Its value, elementwise.
+
+    Returns:
+        The activation.
     """
     turn = bisected(
         lambda z: torch.func.grad(lambda t: function(t).sum())(z), -1.5, -0.5, torch.zeros((), dtype=torch.float64)

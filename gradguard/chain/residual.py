@@ -8,10 +8,18 @@ from gradguard.errors import UnsupportedModelError
 
 
 def folded(graph: Graph) -> Chain:
-    """The chain that `graph` is if each sum of two paths from one value is a step.
+    """The chain that a graph is if each sum of two paths from one value is a step.
 
     Of a sum's paths the one that ends in a layer is its branch, the longer one if both do.
-    Raises `UnsupportedModelError` if a layer is on the way to two sums, whose gradient is then of both.
+
+    Args:
+        graph: The model's steps.
+
+    Returns:
+        The chain, with `Residual` steps.
+
+    Raises:
+        UnsupportedModelError: If a layer is on the way to two sums, whose gradient is then of both.
     """
     return Chain(tuple(_Folder(graph).path(len(graph.steps) - 1, -1)), graph.input_shape)
 

@@ -16,7 +16,12 @@ from gradguard.functional.vectors import Gradient
 
 @dataclass(frozen=True)
 class Chain:
-    """A model's steps, first to last. Parameters are passed in by name, as `LossGradient` has them."""
+    """A model's steps, first to last. Parameters are passed in by name, as `LossGradient` has them.
+
+    Args:
+        steps: First to last.
+        input_shape: Of one example.
+    """
 
     steps: tuple[Step, ...]
     input_shape: Shape
@@ -46,9 +51,14 @@ class Chain:
         return x
 
     def check_invertible(self, stop: int, *, partly: bool = False) -> None:
-        """Raises `UnsupportedModelError` if a step before step `stop` is not one-to-one.
+        """Refuse a chain with steps that are not one-to-one.
 
-        `partly`: let pass what hides some of its input and says where: ReLU, average pooling.
+        Args:
+            stop: Steps before this one are looked at.
+            partly: Let pass what hides some of its input and says where: ReLU, average pooling.
+
+        Raises:
+            UnsupportedModelError: Naming the step that is not.
         """
         for index, step in enumerate(self.steps[:stop]):
             if isinstance(step, Residual):
@@ -90,8 +100,11 @@ def _check_residual(block: Residual, above: Sequence[Step]) -> None:
 class Graph:
     """A model's steps where values may branch and be summed: what the rank analysis reads.
 
-    `sources`: for each step the indices of the steps whose values it takes, -1 for the input; all are smaller than its
-    own.
+    Args:
+        steps: In the order of their computation.
+        sources: For each step the indices of the steps whose values it takes, -1 for the input; all are smaller than
+            its own.
+        input_shape: Of one example.
     """
 
     steps: tuple[Step | MaxPool | Sum, ...]

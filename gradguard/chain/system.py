@@ -28,11 +28,19 @@ class LayerSystem:
     `W` has the norm of its filter and a row of the gradient constraints that of its filter's `k`, up to the padding.
     Without the scaling a layer with small `k` would lose the gradient constraints to rounding.
     Outputs that are not known (behind a ReLU that is zero) have zero rows.
-    `equations`, `values`: all of them, an `R = 1` problem and its scaled right-hand side `(1, rows)`. `operator`,
-    `target`: the same least-squares problem with as few rows as there are: of `F` filters at `L < F` positions the
-    gradient constraints are combinations of `L` each, so an orthonormal basis of them says all that they agree on.
-    `scales`: what the rows of either kind were multiplied by, `(G, F, 1)`; those of the gradient constraints `None` if
-    there are none. `column_lengths`: the norms of the columns, `(1, unknowns)`, 1 for an empty one.
+
+    Args:
+        layer: The layer.
+        equations: All of them, an `R = 1` problem.
+        values: Their scaled right-hand side, shape `(1, rows)`.
+        operator: The same least-squares problem with as few rows as there are: of `F` filters at `L < F` positions the
+            gradient constraints are combinations of `L` each, so an orthonormal basis of them says all that they agree
+            on.
+        target: Its right-hand side.
+        gradient_constraints: How many of the equations are of that kind.
+        scales: What the rows of either kind were multiplied by, `(G, F, 1)`; those of the gradient constraints `None`
+            if there are none.
+        column_lengths: The norms of the columns, `(1, unknowns)`, 1 for an empty one.
     """
 
     layer: Affine
@@ -54,9 +62,18 @@ class LayerSystem:
         weight_gradient: Tensor | None,
         known: Tensor | None = None,
     ) -> LayerSystem:
-        """`weight`, `weight_gradient` (`None`: frozen): the parameter's shape. `k`, `z`: `output_shape`.
+        """The constraints of a layer.
 
-        `known`: where `z` is, bool, `output_shape`; `None`: everywhere.
+        Args:
+            layer: The layer.
+            weight: In the parameter's shape.
+            k: The loss's derivative by the output, `output_shape`.
+            z: The output, `output_shape`.
+            weight_gradient: In the parameter's shape; `None`: frozen.
+            known: Where `z` is known, bool, `output_shape`; `None`: everywhere.
+
+        Returns:
+            The system.
         """
         w, w_scale = _unit_rows(layer.matrix(weight))
         z = layer.rows(z) * w_scale
@@ -85,9 +102,17 @@ class LayerSystem:
     def response(self, x: Tensor, units: Tensor, dz: Tensor, dk: Tensor) -> LinearOperator:
         """By how much the misfit at `x` falls if `t` times `dz` and `dk` is added to the outputs' `z` and `k`.
 
-        `units`: indices `(n,)` into the flat output; `dz`, `dk`: `(n,)`. Linear in `t` `(1, n)`, at the rows' present
-        scales. The unit's own weight constraint gets `dz`; the gradient constraints of its filter get `dk` times the
-        patch that it sees.
+        The unit's own weight constraint gets `dz`; the gradient constraints of its filter get `dk` times the patch that
+        it sees.
+
+        Args:
+            x: The input.
+            units: Indices `(n,)` into the flat output.
+            dz: Shape `(n,)`.
+            dk: Shape `(n,)`.
+
+        Returns:
+            An operator, linear in `t` `(1, n)`, at the rows' present scales.
         """
         patches = self.layer.patches(x)
         w_scale, k_scale = self.scales
@@ -159,6 +184,12 @@ def few_threads(layers: Sequence[Affine]) -> Iterator[None]:
 
     A solve is a thousand products of some microseconds to milliseconds each. CNN6 takes 0.15 s on one thread, and no
     less on two; where other processes keep the cores busy, threads wait for each other at every product: 40 s.
+
+    Args:
+        layers: What is solved.
+
+    Yields:
+        Nothing.
     """
     small = max(layer.num_weights * (layer.outputs // layer.filters) for layer in layers) < _SMALL
     with one_thread() if small else nullcontext():

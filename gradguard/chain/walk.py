@@ -36,13 +36,21 @@ _WAY_OUT = (
 
 
 def walk(gradient: LossGradient, input_shape: Sequence[int], *, residual: bool = False) -> Chain:
-    """The model of `gradient` as a chain of steps. Costs a symbolic trace and two forward passes of one example.
+    """A model as a chain of steps. Costs a symbolic trace and two forward passes of one example.
 
-    `input_shape`: of one example, without the batch dimension. `residual`: sums of two paths are links too, as
-    `Residual` steps.
-    Raises `UnsupportedModelError` naming the module (or the call in a `forward`) that is not a link of a chain, and
-    `InputError` if `input_shape` does not fit the model. Activations that are not one-to-one are links too; see
-    `Chain.check_invertible`.
+    Activations that are not one-to-one are links too; see `Chain.check_invertible`.
+
+    Args:
+        gradient: The model and its loss.
+        input_shape: Of one example, without the batch dimension.
+        residual: Sums of two paths are links too, as `Residual` steps.
+
+    Returns:
+        The chain.
+
+    Raises:
+        UnsupportedModelError: Naming the module (or the call in a `forward`) that is not a link of a chain.
+        InputError: If `input_shape` does not fit the model.
     """
     shape = _checked(input_shape)
 
@@ -63,6 +71,13 @@ def walk_graph(gradient: LossGradient, input_shape: Sequence[int]) -> Graph:
     """As `walk`, but values may be used twice and summed (residual blocks), and maximum pooling is a step as well.
 
     What the recursion cannot go through and a rank analysis can still speak about.
+
+    Args:
+        gradient: The model and its loss.
+        input_shape: Of one example, without the batch dimension.
+
+    Returns:
+        The graph.
     """
     walker = _Walker(gradient, _checked(input_shape), branches=True, maxima=True)
     graph = Graph(walker.steps(), tuple(walker.sources), walker.input_shape)

@@ -56,6 +56,14 @@ class SmallEigenspaceNoise(DirectionalNoise):
     smallest eigenvalues, of those that are not zero. Large ones: Gaussian in the complement of the `leading`
     directions that Lanczos finds. Judge it by an attacker who knows pictures: these directions are the ones natural
     pictures have little energy in, so a Wiener filter takes much of the noise out again.
+
+    Args:
+        noise_ratio: As in `DirectionalNoise`.
+        fraction: Share of the eigenvectors that carry noise, in (0, 1].
+        leading: Directions that are left out of large inputs, at least 1.
+
+    Raises:
+        InputError: If a value is outside its range.
     """
 
     fraction: float = 0.25
@@ -69,7 +77,18 @@ class SmallEigenspaceNoise(DirectionalNoise):
             raise InputError(f"`leading` must be at least 1, got {self.leading}.")
 
     def displacement(self, jacobian: InputJacobian, generator: torch.Generator | None) -> Tensor:
-        """Gaussian in the small-eigenvalue subspace of each example."""
+        """Gaussian in the small-eigenvalue subspace of each example.
+
+        Args:
+            jacobian: Per example.
+            generator: Draws the noise.
+
+        Returns:
+            `d`, shape of the inputs, up to scale.
+
+        Raises:
+            InputError: If the Jacobian is the joint operator of a batch.
+        """
         if not jacobian.per_example:
             raise InputError("SmallEigenspaceNoise works per example: pass an `InputJacobian(..., per_example=True)`.")
         eigen = spectrum(jacobian, self.leading, generator=generator)
@@ -93,6 +112,10 @@ class PriorNoise(DirectionalNoise):
     """`d ~ N(0, C)` with `C` a prior of what inputs look like: the reconstruction moves by another picture's worth.
 
     An attacker cannot tell such an error from a different picture, so no filter takes it out. One pass.
+
+    Args:
+        noise_ratio: As in `DirectionalNoise`.
+        prior: The covariance `C`.
     """
 
     prior: PowerLawPrior = field(default_factory=PowerLawPrior)

@@ -14,11 +14,16 @@ from gradguard.functional.vectors import Gradient, norm
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianNoise(Defense):
-    """Add `N(0, std^2)` to every element of the gradient.
+    """Add `N(0, std^2)` to every element of the gradient. Give one of the two strengths.
 
-    Give one of `std`, in gradient units, or `noise_ratio`, the noise's norm relative to the gradient's
-    (`std = noise_ratio |g| / sqrt(P)`; the ratio holds in expectation). The second depends on the private gradient's
-    norm: convenient for comparisons, no mechanism with a differential-privacy guarantee.
+    Args:
+        noise_ratio: The noise's norm relative to the gradient's, positive: `std = noise_ratio |g| / sqrt(P)`; the ratio
+            holds in expectation. It depends on the private gradient's norm: convenient for comparisons, no mechanism
+            with a differential-privacy guarantee.
+        std: Standard deviation of each element, in gradient units, positive.
+
+    Raises:
+        InputError: If not exactly one is given, or it is not positive and finite.
     """
 
     noise_ratio: float | None = None

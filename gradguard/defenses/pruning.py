@@ -14,9 +14,15 @@ from gradguard.functional.vectors import Gradient, flatten, unflatten
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning(Defense):
-    """Set the `fraction` of elements that are smallest in magnitude, over all parameters, to zero.
+    """Set the elements that are smallest in magnitude, over all parameters, to zero.
 
     Known from gradient compression (Lin et al. 2018) and evaluated as a defense in DLG (Zhu et al. 2019, section 5).
+
+    Args:
+        fraction: Share of the elements, in (0, 1).
+
+    Raises:
+        InputError: If `fraction` is outside its range.
     """
 
     fraction: float

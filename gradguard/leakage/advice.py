@@ -27,11 +27,19 @@ Change = Literal["filters", "stride", "kernel"]
 class Advice:
     """One change of one layer that leaves its input short.
 
-    `layer`: the module's path; `change`, `before`, `after`: what of it, and its values; `deficit`,
-    `virtual_constraints`: of the layer after the change, `None` where not computed (the count still says that it is
-    short); `verdict`, `index`: of the changed model; `parameters`, `flops`: of the changed model relative to the
-    original (multiplications of the layers with weights, for one example); `checked`: whether the changed model was
-    built and analysed, or the count alone speaks.
+    Args:
+        layer: The module's path.
+        change: What of it is changed.
+        before: The value now.
+        after: The value after the change.
+        deficit: Of the layer after the change; `None` where not computed (the count still says that it is short).
+        virtual_constraints: Of the layer after the change; `None` where not computed.
+        verdict: Of the changed model.
+        index: Of the changed model.
+        parameters: Of the changed model relative to the original.
+        flops: Of the changed model relative to the original (multiplications of the layers with weights, for one
+            example).
+        checked: Whether the changed model was built and analysed, or the count alone speaks.
     """
 
     layer: str
@@ -78,8 +86,21 @@ def advice(
     those the first `limit`, each checked by `rank_analysis` of the changed model.
 
     The changed model is built for `nn.Sequential` (nested or not) of plain layers, with the layers behind adapted; of
-    others, the filters are advised by the count alone (`checked=False`). Empty if no change does it, or the model's
-    layers are Linear only: the gradient of a linear layer always gives its input. Raises what `rank_analysis` raises.
+    others, the filters are advised by the count alone (`checked=False`).
+
+    Args:
+        model: As in `rank_analysis`.
+        input_shape: Of one example.
+        beyond_virtual: Whether the deficit must exceed the virtual constraints.
+        limit: Largest number of changes, at least 1.
+        max_unknowns: As in `rank_analysis`.
+
+    Returns:
+        The changes, best first. Empty if no change does it, or the model's layers are Linear only: the gradient of a
+        linear layer always gives its input.
+
+    Raises:
+        InputError: As in `rank_analysis`, or if `limit` is below 1.
     """
     if limit < 1:
         raise InputError(f"`limit` must be at least 1, got {limit}.")
@@ -133,9 +154,18 @@ def advice(
 
 
 def advised(model: nn.Module, input_shape: Sequence[int], change: Advice) -> nn.Module:
-    """`model` with `change` made, the layers behind it adapted, all weights drawn afresh.
+    """The model with a change made, the layers behind it adapted, all weights drawn afresh.
 
-    Raises `InputError` for a change that was not `checked`: such a model cannot be rebuilt.
+    Args:
+        model: What `advice` was asked about.
+        input_shape: Of one example.
+        change: One of its answers.
+
+    Returns:
+        A new model.
+
+    Raises:
+        InputError: If the change was not `checked`: such a model cannot be rebuilt.
     """
     made = _rebuilt(model, input_shape, change.layer, change.change, change.after) if _rebuildable(model) else None
     if made is None:
@@ -177,6 +207,9 @@ def _most_filters(graph: Graph, index: int, beyond_virtual: bool) -> int | None:
     """The most filters with which the count says that the layer is short.
 
     The bound with all outputs known, so that it holds whatever a ReLU behind the layer hides.
+
+    Returns:
+        The number, `None` if there is none.
     """
     layer = graph.steps[index]
     assert isinstance(layer, Affine)

@@ -114,8 +114,14 @@ class ConstraintRank:
         """The unknowns that the constraints leave open, from random inputs solved for from their own constraints.
 
         The solution of least norm lacks the part in the null space, whose expected squared length is its dimension:
-        0 is exact, else the standard deviation is `sqrt(2 deficit / probes)`. `None` if the solver does not converge,
-        or the layer is too large for it to be tried.
+        0 is exact, else the standard deviation is `sqrt(2 deficit / probes)`.
+
+        Args:
+            probes: Number of inputs.
+            generator: Draws them.
+
+        Returns:
+            The estimate; `None` if the solver does not converge, or the layer is too large for it to be tried.
         """
         work = 8 * self.layer.num_weights * (self.layer.outputs // self.layer.filters)  # of an iteration
         iterations = min(_MOST_ITERATIONS, int(_MOST_WORK / work))
@@ -168,7 +174,15 @@ class ConstraintRank:
 
 
 def pool_rank(pool: MeanPool, *, limit: int) -> int | None:
-    """The rank of average pooling; `None` if its windows meet and the matrix of one channel is too large."""
+    """The rank of average pooling.
+
+    Args:
+        pool: The pooling.
+        limit: The largest side of a matrix that is formed.
+
+    Returns:
+        The rank; `None` if its windows meet and the matrix of one channel is too large.
+    """
     if pool.disjoint:
         return pool.outputs
     channels = pool.input_shape[0]

@@ -14,12 +14,15 @@ from gradguard.errors import InputError
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Per true example, in the truth's order.
+    """How close each reconstruction is, per true example and in the truth's order.
 
-    `psnr`: `(B,)`, dB relative to the value range; `ssim`: `(B,)` in [-1, 1], `nan` for inputs that are no
-    pictures; `mse`: `(B,)`, mean over elements, in input units squared; `assignment`: `(B,)`, which reconstruction
-    stands for each example; `matched`: the reconstructions in that order, `(B, *input_shape)`; `perceptual`: `(B,)`,
-    what the given perceptual distance says, `None` without one.
+    Args:
+        psnr: Shape `(B,)`, dB relative to the value range.
+        ssim: Shape `(B,)`, in [-1, 1]; `nan` for inputs that are not pictures.
+        mse: Shape `(B,)`, mean over elements, in input units squared.
+        assignment: Shape `(B,)`: which reconstruction stands for each example.
+        matched: The reconstructions in that order, shape `(B, *input_shape)`.
+        perceptual: Shape `(B,)`: what the given perceptual distance says; `None` without one.
     """
 
     psnr: Tensor
@@ -37,13 +40,25 @@ def fidelity(
     value_range: tuple[float, float] = (0.0, 1.0),
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Fidelity:
-    """Score `reconstruction` `(B, *input_shape)` against `truth` of the same shape.
+    """Score reconstructions against the true inputs.
 
     A gradient does not say in which order its examples came: reconstructions are assigned to examples so that the
     summed squared error is least (Hungarian algorithm). Values are clamped to `value_range` first, as an attacker
     who knows the range would. PSNR is computed in that range: pass pictures in [0, 1] pixel space, not normalised.
-    `perceptual`: a distance between two pictures `(1, C, H, W)` in [0, 1], for instance LPIPS by
-    `torchmetrics.image.LearnedPerceptualImagePatchSimilarity(normalize=True)`, whose weights gradguard does not bring.
+
+    Args:
+        reconstruction: Shape `(B, *input_shape)`.
+        truth: The same shape.
+        value_range: Lowest and highest value an input can have.
+        perceptual: A distance between two pictures `(1, C, H, W)` in [0, 1], for instance LPIPS by
+            `torchmetrics.image.LearnedPerceptualImagePatchSimilarity(normalize=True)`, whose weights gradguard does not
+            bring.
+
+    Returns:
+        One number per true example and measure.
+
+    Raises:
+        InputError: If the shapes differ, or `value_range` is empty.
     """
     # Imported here: torchmetrics loads matplotlib, which nothing else needs until something is drawn.
     from torchmetrics.functional.image import peak_signal_noise_ratio
@@ -72,9 +87,18 @@ def fidelity(
 
 
 def mean_picture_psnr(truth: Tensor, pictures: Tensor, *, value_range: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-    """PSNR `(B,)` of an attacker who sees no gradient and always answers the mean of `pictures` `(N, *input_shape)`.
+    """PSNR of an attacker who sees no gradient and always answers the mean picture. Compare every attack with it.
 
-    What every attack is to be compared with. `truth`: `(B, *input_shape)`, of which `pictures` should hold none.
+    Args:
+        truth: Shape `(B, *input_shape)`.
+        pictures: What the attacker knows, shape `(N, *input_shape)`; should hold none of `truth`.
+        value_range: Lowest and highest value an input can have.
+
+    Returns:
+        Shape `(B,)`, in dB.
+
+    Raises:
+        InputError: If there are no pictures, or their shape is not that of `truth`.
     """
     if pictures.shape[1:] != truth.shape[1:] or not len(pictures):
         raise InputError(f"`pictures` must be (N, *input_shape), got {tuple(pictures.shape)} for {tuple(truth.shape)}.")

@@ -12,15 +12,16 @@ from gradguard.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class LabelRecovery:
-    """Three shares in [0, 1], 1 where everything was told.
+    """Three shares in [0, 1], 1 where everything was recovered (Ma et al., ICLR 2023).
 
-    `le_acc`: label existence accuracy: the share of the `C` classes whose presence or absence was told rightly.
-    `ln_acc`: label number accuracy: the share of the `C` classes whose count was told rightly.
-    `i_rec`: instance recall, `sum_c min(n_hat_c, n_c) / B`: the share of the examples whose label was told.
+    `le_acc` and `ln_acc` run over all classes, absent ones included. Where most classes are absent, an answer of "no
+    class at all" scores nearly 1 (0.976 and more at `C = 1000`, `B = 24`). Read them beside `i_rec`, which is 0 there.
+    In turn `i_rec` rewards an answer of more than `B` labels; counts that sum to `B` cannot gain by that.
 
-    The first two run over all classes, absent ones included: where most classes are absent, an answer of "no class
-    at all" scores nearly 1 (0.976 and more at `C = 1000`, `B = 24`). Read them beside `i_rec`, which is 0 there. In
-    turn `i_rec` rewards an answer of more than `B` labels; counts that sum to `B` cannot gain by that.
+    Args:
+        le_acc: Label existence accuracy: the share of the `C` classes whose presence or absence was recovered rightly.
+        ln_acc: Label number accuracy: the share of the `C` classes whose count was recovered rightly.
+        i_rec: Instance recall, `sum_c min(n_hat_c, n_c) / B`: the share of the examples whose label was recovered.
     """
 
     le_acc: float
@@ -29,10 +30,17 @@ class LabelRecovery:
 
 
 def label_recovery(recovered: Tensor, true: Tensor) -> LabelRecovery:
-    """Score `recovered` counts `(C,)` against the `true` counts `(C,)`, both of examples per class.
+    """Score recovered label counts against the true ones. The conventions are those of the paper's code.
 
-    The conventions are those of the paper's code. Raises `InputError` for other shapes, for counts that are negative
-    or no whole numbers, and for an empty batch.
+    Args:
+        recovered: Examples per class, shape `(C,)`; whole numbers.
+        true: Examples per class, shape `(C,)`; whole numbers.
+
+    Returns:
+        The three shares.
+
+    Raises:
+        InputError: If the shapes differ, a count is negative or not a whole number, or the batch is empty.
     """
     for name, counts in (("recovered", recovered), ("true", true)):
         _check_counts(name, counts)

@@ -36,18 +36,30 @@ class LayerRank:
 
     The layer is a Linear, a Conv2d, or an average pooling (which has no weights, hence no gradient constraints).
 
-    `name`: the module's path; `filters`: its output channels; `unknowns`: elements of the input; `outputs`: weight
-    constraints `W x = z`; `weights`: gradient constraints `grad W = k (*) x` (0 for a frozen weight). `rank_weights`,
-    `rank_gradients`, `rank`: the ranks of each kind and of both stacked, `None` where not computed. `deficit`: unknowns
-    that neither determines. `virtual_constraints`: what the layer can owe to earlier ones at most, `max(0, |x_i| -
-    min_{j<i} |x_j|)`. `earlier_gradients`: elements of the gradient that belong to earlier layers, which an attack on
-    all layers together can use as well. `verdict`: "closed form" (no deficit), "not recoverable" (`rank +
-    earlier_gradients` is below the elements of the model's input, so that some change of the input changes nothing that
-    is sent, to first order), "optimisation only" (in between: at best an attack on all layers together), or "unknown".
-    `rank_bound`: what the count says that `rank` is at most. `inevitable`: whether every way from the model's input to
-    its output goes through the layer (not so inside of a residual block). `blocking_filters`: the most filters with
-    which the count alone leaves the layer short, the rest of the model unchanged; `None` if no number does. `method`:
-    how `rank` was found: "exact", or "estimated" from random probes. `note`: what the verdict assumes.
+    Args:
+        name: The module's path.
+        kind: The module's type.
+        filters: Its output channels.
+        unknowns: Elements of the input.
+        outputs: Weight constraints `W x = z`.
+        weights: Gradient constraints `grad W = k (*) x` (0 for a frozen weight).
+        rank_weights: The rank of the weight constraints, `None` where not computed.
+        rank_gradients: The rank of the gradient constraints, `None` where not computed.
+        rank: The rank of both stacked, `None` where not computed.
+        deficit: Unknowns that neither determines, `None` where not computed.
+        virtual_constraints: What the layer can owe to earlier ones at most, `max(0, |x_i| - min_{j<i} |x_j|)`.
+        earlier_gradients: Elements of the gradient that belong to earlier layers, which an attack on all layers
+            together can use as well.
+        verdict: "closed form" (no deficit), "not recoverable" (`rank + earlier_gradients` is below the elements of the
+            model's input, so that some change of the input changes nothing that is sent, to first order), "optimisation
+            only" (in between: at best an attack on all layers together), or "unknown".
+        blocking_filters: The most filters with which the count alone leaves the layer short, the rest of the model
+            unchanged; `None` if no number does.
+        method: How `rank` was found: "exact", "estimated" from random probes, or "not computed".
+        rank_bound: What the count says that `rank` is at most.
+        inevitable: Whether every way from the model's input to its output goes through the layer (not so inside of a
+            residual block).
+        note: What the verdict assumes.
     """
 
     name: str
@@ -77,7 +89,13 @@ class LayerRank:
 
 @dataclass(frozen=True, kw_only=True)
 class RankAnalysis:
-    """`layers`: one `LayerRank` per Linear, Conv2d and average pooling, first to last. `model`: its class."""
+    """What the gradient of one example determines, layer by layer.
+
+    Args:
+        model: The model's class.
+        input_shape: Of one example.
+        layers: One per Linear, Conv2d and average pooling, first to last.
+    """
 
     model: str
     input_shape: tuple[int, ...]
@@ -179,10 +197,7 @@ def rank_analysis(
     """What the gradient of one example determines, layer by layer.
 
     The ranks are those of random weights and a random input, in float64 on the CPU: the architecture's, not this
-    model's. `input_shape`: of one example. `max_unknowns`: the largest matrix that is formed; the rank of a layer above
-    it is probed instead: a random input is solved for from its own constraints, and what is missing of it measures
-    the deficit (exact if nothing is, else an estimate with a relative error of about `sqrt(2 / (deficit * probes))`).
-    `probes`: how many. `generator`: the random numbers (default: the same ones each time).
+    model's.
 
     What the recursion cannot go through is let through on terms that favour the attacker, and noted: of ReLU and
     maximum pooling the zeros and the maxima's positions count as known, and the outputs that do not pass give no
@@ -191,7 +206,21 @@ def rank_analysis(
     the layer that it comes from gives that layer's input and nothing hides part of the sum: a layer in front of others
     is "optimisation only" at best. Batch normalisation is that of eval mode.
 
-    Raises `UnsupportedModelError` for a model made of anything else (see `gradguard.chain`).
+    Args:
+        model: Made of the layers of `gradguard.chain`.
+        input_shape: Of one example.
+        max_unknowns: The largest matrix that is formed, at least 1. The rank of a layer above it is probed instead: a
+            random input is solved for from its own constraints, and what is missing of it measures the deficit (exact
+            if nothing is, else an estimate with a relative error of about `sqrt(2 / (deficit * probes))`).
+        probes: How many such inputs, at least 1.
+        generator: Draws weights and inputs. Default: the same ones each time.
+
+    Returns:
+        A row per layer, and what they say together.
+
+    Raises:
+        InputError: If an option is outside its range, or `input_shape` does not fit the model.
+        UnsupportedModelError: For a model made of anything else.
     """
     if max_unknowns < 1 or probes < 1:
         raise InputError(f"`max_unknowns` and `probes` must be at least 1, got {max_unknowns} and {probes}.")
@@ -224,7 +253,13 @@ def rank_analysis(
 
 @dataclass(frozen=True, kw_only=True)
 class RankCheck:
-    """`fine`: whether the closed form is stopped somewhere; `reasons`: in words; `analysis`: what it follows from."""
+    """Whether an architecture itself stops the closed form.
+
+    Args:
+        fine: Whether the closed form is stopped somewhere.
+        reasons: In words.
+        analysis: What it follows from.
+    """
 
     fine: bool
     reasons: tuple[str, ...]
@@ -239,7 +274,18 @@ def rank_check(
     Not fine if every layer's input follows in closed form, or would but for what the recursion cannot undo (maximum
     pooling); if that is unknown; or if the index is below `min_index`.
     Fine means no more than that: an attack on all layers together may still succeed, see `RankAnalysis.verdict`.
-    Raises what `rank_analysis` raises.
+
+    Args:
+        model: As in `rank_analysis`.
+        input_shape: Of one example.
+        min_index: What `RankAnalysis.index` must reach, in [0, 1].
+        max_unknowns: As in `rank_analysis`.
+
+    Returns:
+        The answer, its reasons, and the analysis.
+
+    Raises:
+        InputError: As in `rank_analysis`, or if `min_index` is outside its range.
     """
     if not 0 <= min_index <= 1:
         raise InputError(f"`min_index` must be between 0 and 1, got {min_index}.")

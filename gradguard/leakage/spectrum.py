@@ -44,11 +44,15 @@ Which = Literal["leading", "smallest", "both"]
 class Spectrum:
     """Eigenpairs of `J J^T`, for `R` problems of size `n`.
 
-    `values`: `(R, k)`, largest first; `vectors`: `(R, k, n)`, orthonormal rows in input space, in that order;
-    `complete`: whether `k = n`; `residual`: `(R, k)`, an eigenvalue lies within it of each value.
-    `index`: `(k,)`, the values' places among all `n`, 0 the largest. `method`: "dense" (singular values of `J`: small
-    ones are right too), "gram" (`J J^T` formed: a value below `residual`, the rounding of the largest, is noise) or
-    "lanczos" (Ritz values: the leading ones are at most, the smallest ones at least the true ones).
+    Args:
+        values: Eigenvalues, shape `(R, k)`, largest first; gradient units squared per input unit squared.
+        vectors: Their vectors, shape `(R, k, n)`, orthonormal rows in input space, in that order.
+        complete: Whether `k = n`.
+        residual: Shape `(R, k)`. An eigenvalue lies within `residual` of each value.
+        index: The values' places among all `n`, shape `(k,)`; 0 is the largest.
+        method: "dense": singular values of `J`; small ones are right too. "gram": `J J^T` was formed; a value below
+            `residual`, the rounding of the largest, is noise. "lanczos": Ritz values; the leading ones are at most, the
+            smallest ones at least the true ones.
     """
 
     values: Tensor
@@ -59,7 +63,11 @@ class Spectrum:
     method: Literal["dense", "gram", "lanczos"]
 
     def plot(self) -> Figure:
-        """The eigenvalues on a log axis by their place: a line per problem, or the median and range of many."""
+        """Plot the eigenvalues on a log axis by their place: a line per problem, or the median and range of many.
+
+        Returns:
+            A figure with one pair of axes.
+        """
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -91,11 +99,25 @@ def spectrum(
     """Eigenpairs of `J J^T` for each problem of `jacobian`.
 
     Where `J` is small enough to be formed, all `n` are given whatever `count` and `which` say, as the squares of its
-    singular values. Else `count`: how many at each end that `which` names (default 32), or "all": `J J^T` is then
-    formed from `n` products, up to `GRAM_SIZE` rows. The smallest ones are taken from that matrix too, up to that size:
-    Lanczos would need about as many products for them. Above it they are Lanczos's, and `residual` says how far they
-    can be off. `method`: forces one of the three. `tolerance`, `max_iterations`: of Lanczos, relative to the largest
-    eigenvalue.
+    singular values. `J J^T` is formed from `n` products, up to `GRAM_SIZE` rows, for "all" and for the smallest ones,
+    since Lanczos would need about as many products for those. Above that size the smallest ones are Lanczos's, and
+    `residual` says how far they can be off.
+
+    Args:
+        jacobian: `R` problems with `n` input elements each.
+        count: How many at each end that `which` names (default 32), or "all".
+        which: Which end of the spectrum.
+        method: Forces one of the three methods of `Spectrum`.
+        tolerance: Of Lanczos: residuals are to be below this share of the largest eigenvalue.
+        max_iterations: Of Lanczos: as in `linalg.extreme_eigenpairs`.
+        generator: Draws Lanczos's first vector.
+
+    Returns:
+        The eigenpairs, largest first, and how they were computed.
+
+    Raises:
+        InputError: If an option is not one of its values, or "all" is asked for above `GRAM_SIZE` without
+            `method="gram"`.
     """
     if which not in ("leading", "smallest", "both"):
         raise InputError(f'`which` must be "leading", "smallest" or "both", got {which!r}.')
@@ -135,8 +157,11 @@ def spectrum(
 class SpectralDensity:
     """How the eigenvalues of `J J^T` are distributed, as `K` probes see it.
 
-    `nodes`, `weights`: `(R, K, k)`, each probe's quadrature: a weight is the number of eigenvalues near its node, and a
-    probe's weights sum to `n`. `iterations`: Lanczos steps `k`.
+    Args:
+        nodes: The nodes of each probe's quadrature, shape `(R, K, k)`.
+        weights: Its weights, same shape. A weight is the number of eigenvalues near its node; a probe's weights sum to
+            `n`.
+        iterations: Lanczos steps `k`.
     """
 
     nodes: Tensor
@@ -144,24 +169,46 @@ class SpectralDensity:
     iterations: int
 
     def count_below(self, value: float | Tensor) -> tuple[Tensor, Tensor]:
-        """How many eigenvalues are below `value` (a number or `(R,)`), and the standard error over the probes.
+        """How many eigenvalues are below `value`.
 
-        Both `(R,)`. The standard error does not know how finely the quadrature resolves the place: that is sharp at the
-        large end and coarse where many eigenvalues lie closer together than the nodes (more `steps`).
+        The standard error does not know how finely the quadrature resolves that place: it is sharp at the large end and
+        coarse where many eigenvalues lie closer together than the nodes (take more `steps`).
+
+        Args:
+            value: A number, or one per problem `(R,)`.
+
+        Returns:
+            The estimated number and its standard error over the probes, both `(R,)`.
         """
         bound = torch.as_tensor(value, dtype=self.nodes.dtype, device=self.nodes.device).reshape(-1, 1, 1)
         return mean_and_error((self.weights * (self.nodes < bound)).sum(-1))
 
     def count_above(self, value: float | Tensor) -> tuple[Tensor, Tensor]:
-        """How many eigenvalues are at or above `value`, as `count_below`."""
+        """How many eigenvalues are at or above `value`.
+
+        Args:
+            value: A number, or one per problem `(R,)`.
+
+        Returns:
+            As in `count_below`.
+        """
         below, error = self.count_below(value)
         return self.weights.sum((1, 2)) / self.weights.shape[1] - below, error
 
     def on_grid(self, points: int = 200, *, bandwidth: float = 0.15) -> tuple[Tensor, Tensor]:
-        """The density over `log10` of the eigenvalue, smoothed with Gaussians `bandwidth` decades wide.
+        """The density over `log10` of the eigenvalue, smoothed with Gaussians.
 
-        Returns the grid `(points,)` of decades and eigenvalues per decade `(R, points)`. What lies below the rounding
-        of the largest eigenvalue is counted at that place.
+        What lies below the rounding of the largest eigenvalue is counted at that place.
+
+        Args:
+            points: Number of grid points.
+            bandwidth: Standard deviation of the Gaussians, in decades; positive.
+
+        Returns:
+            The grid in decades, shape `(points,)`, and eigenvalues per decade, shape `(R, points)`.
+
+        Raises:
+            InputError: If `bandwidth` is not positive.
         """
         if bandwidth <= 0:
             raise InputError(f"`bandwidth` must be positive, got {bandwidth}.")
@@ -175,7 +222,15 @@ class SpectralDensity:
         return grid, (kernel * weights[:, None]).sum(-1) / (bandwidth * (2 * torch.pi) ** 0.5)
 
     def plot(self, *, bandwidth: float = 0.15) -> Figure:
-        """The smoothed density over the eigenvalue's logarithm: a line per problem, or the median and range of many."""
+        """Plot the smoothed density over the eigenvalue's logarithm: a line per problem, or the median and range of
+        many.
+
+        Args:
+            bandwidth: As in `on_grid`.
+
+        Returns:
+            A figure with one pair of axes.
+        """
         from matplotlib.figure import Figure
 
         grid, density = self.on_grid(bandwidth=bandwidth)
@@ -193,8 +248,19 @@ def spectral_density(
 ) -> SpectralDensity:
     """The distribution of all eigenvalues of `J J^T` by stochastic Lanczos quadrature (see `linalg.quadrature`).
 
-    `probes`: random vectors per problem, all at once; the standard errors fall with their root. `steps`: nodes per
-    probe. Costs `probes * steps` products per problem. For more than rounding of small eigenvalues use float64.
+    Costs `probes * steps` products per problem. Use float64 for more than rounding of small eigenvalues.
+
+    Args:
+        jacobian: `R` problems with `n` input elements each.
+        probes: Random vectors per problem, at least 2, all computed at once. The standard errors fall with their root.
+        steps: Nodes per probe, at least 1.
+        generator: Draws the probes.
+
+    Returns:
+        The quadratures of all probes.
+
+    Raises:
+        InputError: If `probes` or `steps` is too small.
     """
     if probes < 2 or steps < 1:
         raise InputError(f"`probes` must be at least 2 and `steps` at least 1, got {probes} and {steps}.")
@@ -207,7 +273,15 @@ def spectral_density(
 
 
 def dense_eigenpairs(transpose: Tensor, *, full: bool = False) -> tuple[Tensor, Tensor]:
-    """Eigenpairs of `J J^T` from `J^T`, `(R, P, n)`: `(R, k)` and rows `(R, k, n)`; `full`: `n`, though `P` be less."""
+    """Eigenpairs of `J J^T` from the matrix `J^T`.
+
+    Args:
+        transpose: `J^T`, shape `(R, P, n)`.
+        full: Give all `n` pairs even if `P < n`; the rest of the values are 0.
+
+    Returns:
+        Values `(R, k)`, largest first, and vectors as rows `(R, k, n)`.
+    """
     # |J^T| = |R| of its QR factorisation: n x n from here on.
     r = torch.linalg.qr(transpose, mode="r").R
     _, singular, vectors = torch.linalg.svd(r, full_matrices=full)
@@ -216,7 +290,14 @@ def dense_eigenpairs(transpose: Tensor, *, full: bool = False) -> tuple[Tensor, 
 
 
 def gram_eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenpairs of `(R, n, n)` matrices, largest first, none below 0."""
+    """Eigenpairs of positive semi-definite matrices.
+
+    Args:
+        gram: Shape `(R, n, n)`, symmetric.
+
+    Returns:
+        Values `(R, n)`, largest first, none below 0, and vectors as rows `(R, n, n)`.
+    """
     values, vectors = torch.linalg.eigh(gram)
     return values.flip(-1).clamp_min(0), vectors.flip(-1).mT
 
@@ -247,9 +328,18 @@ def probe(
     steps: int,
     tolerance: float = 0.0,
 ) -> FunctionProduct:
-    """`function_product` of `build(jacobian)` for `K` vectors per problem, `start` `(R, K, n)`.
+    """`function_product` of `build(jacobian)` for `K` vectors per problem, as many at a time as fit in memory.
 
-    The result's tensors are `(R, K, ...)`, `residual` and `converged` `(R,)`. As many vectors at a time as fit.
+    Args:
+        jacobian: `R` problems with `n` input elements each.
+        build: Makes the operator from the Jacobian.
+        function: As in `linalg.function_product`.
+        start: The vectors, shape `(R, K, n)`.
+        steps: As in `linalg.function_product`.
+        tolerance: As in `linalg.function_product`.
+
+    Returns:
+        The products; tensors are `(R, K, ...)`, `residual` and `converged` are `(R,)`.
     """
     rows, _, n = start.shape
     parts = []
@@ -281,7 +371,15 @@ def probe(
 
 
 def vectors_at_once(jacobian: InputJacobian, steps: int) -> int:
-    """How many vectors per problem fit a product, and `steps` of them a Krylov basis."""
+    """How many vectors per problem one product may take.
+
+    Args:
+        jacobian: `R` problems with `n` input elements each.
+        steps: Vectors of the Krylov basis that is kept for each.
+
+    Returns:
+        At least 1; bounded by `PARAMETER_ELEMENTS` and `BASIS_ELEMENTS`.
+    """
     rows, n = jacobian.num_problems, jacobian.size
     parameters = min(rows, jacobian.chunk_size or rows) * jacobian.gradient.num_parameters
     return max(1, min(PARAMETER_ELEMENTS // parameters, BASIS_ELEMENTS // (rows * min(steps, n) * n)))

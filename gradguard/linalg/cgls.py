@@ -26,12 +26,20 @@ def cgls(
 ) -> LeastSquares:
     """Minimise `|A x - b|^2 + damping^2 |x|^2`; without damping the solution of least norm.
 
-    `b`: shape `(R, m)`. `damping`: a number or `(R,)`. `column_lengths`: `(R, n)`, positive, those of `A`: the columns
-    are divided by them first, so that norms and the damping are those of `column_lengths * x`. `tolerance`: stop when
-    `|A^T (b - A x) - damping^2 x|` is below `tolerance * |A^T b|`, or `|b - A x|` below `tolerance * |b|` (default: 10
-    times the dtype's rounding).
-    `max_iterations`: default `4 n`; running out is reported in `converged`, never raised. The result's `residual` is
-    the smaller of the two ratios.
+    Args:
+        operator: The `R` maps `A`, of shape `(R, m, n)`.
+        b: The right-hand sides, shape `(R, m)`.
+        damping: A number, or one per problem `(R,)`; not negative.
+        column_lengths: The lengths of `A`'s columns, shape `(R, n)`, positive. The columns are divided by them first,
+            so that norms and the damping are those of `column_lengths * x`.
+        tolerance: Stop when `|A^T (b - A x) - damping^2 x|` is below `tolerance * |A^T b|`, or `|b - A x|` below
+            `tolerance * |b|`. Default: 10 times the dtype's rounding.
+        max_iterations: Default `4 n`.
+        check_every: Iterations between two looks at the residual, each of which waits for the device.
+
+    Returns:
+        The solutions `(R, n)` and how they were reached. `residual` is the smaller of the two ratios above. Running out
+        of iterations is reported in `converged`, never raised.
     """
     rows, _, n = operator.shape
     tolerance = 10 * torch.finfo(operator.dtype).eps if tolerance is None else tolerance

@@ -16,9 +16,15 @@ class PowerLawPrior:
     """Pictures as a Gaussian whose power falls with frequency: `C ~ 1 / (1 + f^2)` in the 2-D DCT basis.
 
     Natural pictures have most of their energy in low frequencies; this is the simplest covariance that says so.
-    `channel_correlation`: of the colour channels, in `[0, 1)`. `std`: the mean standard deviation of one element,
-    in input units. Inputs of another shape than `(..., channels, height, width)` have no known structure: they
-    get independent elements.
+    Inputs of another shape than `(..., channels, height, width)` have no known structure: they get independent
+    elements.
+
+    Args:
+        channel_correlation: Correlation of the colour channels, in `[0, 1)`.
+        std: The mean standard deviation of one element, in input units; positive.
+
+    Raises:
+        InputError: If a value is outside its range.
     """
 
     channel_correlation: float = 0.9
@@ -31,22 +37,52 @@ class PowerLawPrior:
             raise InputError(f"`std` must be positive and finite, got {self.std}.")
 
     def variances(self, height: int, width: int, like: Tensor) -> Tensor:
-        """The variance of each DCT coefficient: `(height, width)`, mean `std^2`."""
+        """The variance of each DCT coefficient.
+
+        Args:
+            height: Pixels down.
+            width: Pixels across.
+            like: A tensor with the dtype and device of the result.
+
+        Returns:
+            Shape `(height, width)`, lowest frequencies first, mean `std^2`; input units squared.
+        """
         rows = torch.arange(height, dtype=like.dtype, device=like.device)
         columns = torch.arange(width, dtype=like.dtype, device=like.device)
         power = 1 / (1 + rows[:, None] ** 2 + columns[None, :] ** 2)
         return self.std**2 * power / power.mean()
 
     def sqrt(self, x: Tensor) -> Tensor:
-        """`C^{1/2} x` for `x` of shape `(N, channels, height, width)` (or `(N, ...)`, where `C` is `std^2 I`)."""
+        """`C^{1/2} x`.
+
+        Args:
+            x: Shape `(N, channels, height, width)`, or `(N, ...)`, where `C` is `std^2 I`.
+
+        Returns:
+            The shape of `x`.
+        """
         return self._root(x, 1)
 
     def inverse_sqrt(self, x: Tensor) -> Tensor:
-        """`C^{-1/2} x`, for `x` as in `sqrt`: what has unit variance in every direction if `x` was drawn from here."""
+        """`C^{-1/2} x`: what has unit variance in every direction if `x` was drawn from this prior.
+
+        Args:
+            x: As in `sqrt`.
+
+        Returns:
+            The shape of `x`.
+        """
         return self._root(x, -1)
 
     def apply(self, x: Tensor) -> Tensor:
-        """`C x`."""
+        """`C x`.
+
+        Args:
+            x: As in `sqrt`.
+
+        Returns:
+            The shape of `x`.
+        """
         return self.sqrt(self.sqrt(x))
 
     def _root(self, x: Tensor, sign: int) -> Tensor:
@@ -68,7 +104,15 @@ class PowerLawPrior:
 
 
 def dct_matrix(n: int, like: Tensor) -> Tensor:
-    """The orthonormal DCT-II: `(n, n)`, rows are frequencies, lowest first."""
+    """The orthonormal DCT-II.
+
+    Args:
+        n: Number of samples, and of frequencies.
+        like: A tensor with the dtype and device of the result.
+
+    Returns:
+        Shape `(n, n)`. Rows are frequencies, lowest first.
+    """
     index = torch.arange(n, dtype=like.dtype, device=like.device)
     matrix = torch.cos(math.pi / n * (index[None, :] + 0.5) * index[:, None]) * math.sqrt(2 / n)
     matrix[0] *= math.sqrt(0.5)

@@ -11,8 +11,16 @@ from gradguard.linalg.lsmr import LeastSquares
 def dense_least_squares(matrix: Tensor, b: Tensor, *, damping: float | Tensor = 0.0) -> LeastSquares:
     """Minimise `|A x - b|^2 + damping^2 |x|^2` for `R` matrices; without damping the solution of least norm.
 
-    `matrix`: `(R, m, n)`, `m >= n` or not; `b`: `(R, m)`; `damping`: a number or `(R,)`. Singular values below the
-    rounding of the largest count as zero. The result's residual is relative to `|A| |b|`.
+    Singular values below the rounding of the largest count as zero.
+
+    Args:
+        matrix: The matrices `A`, shape `(R, m, n)`, tall or wide.
+        b: The right-hand sides, shape `(R, m)`.
+        damping: A number, or one per problem `(R,)`; not negative.
+
+    Returns:
+        The solutions `(R, n)`. `residual` is the normal equations' residual relative to `|A| |b|`; `iterations` is 0
+        and `converged` all true.
     """
     damping = torch.as_tensor(damping, dtype=matrix.dtype, device=matrix.device).expand(len(matrix))[:, None]
     # QR first, so that the decomposition that costs is n x n; on A itself, not A^T A, which would halve the digits.

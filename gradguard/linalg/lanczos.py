@@ -19,8 +19,10 @@ from gradguard.linalg.operator import LinearOperator, grown, normalise, orthogon
 class KrylovSpace:
     """What `k` Lanczos steps leave: `A Q = Q T + residual`, `T` tridiagonal.
 
-    `diagonal`: `(R, k)`; `off_diagonal`: `(R, k)`, the last entry being the residual's norm;
-    `basis`: `(R, k, n)`, orthonormal rows.
+    Args:
+        diagonal: The diagonal of `T`, shape `(R, k)`.
+        off_diagonal: Shape `(R, k)`: the diagonal beside it, and in the last place the norm of the residual.
+        basis: The rows of `Q^T`, shape `(R, k, n)`, orthonormal. Rows after the space is exhausted are zero.
     """
 
     diagonal: Tensor
@@ -28,7 +30,11 @@ class KrylovSpace:
     basis: Tensor
 
     def tridiagonal(self) -> Tensor:
-        """`T`: shape `(R, k, k)`."""
+        """The tridiagonal matrix `T`.
+
+        Returns:
+            Shape `(R, k, k)`.
+        """
         inner = self.off_diagonal[:, :-1]
         return torch.diag_embed(self.diagonal) + torch.diag_embed(inner, 1) + torch.diag_embed(inner, -1)
 
@@ -37,8 +43,12 @@ class KrylovSpace:
 class Eigenpairs:
     """Ritz pairs, largest first.
 
-    `values`: `(R, k)`; `vectors`: `(R, k, n)`; `residual`: `(R, k)`, `|A v - value v|`, so that an eigenvalue lies
-    within `residual` of each value; `iterations`: Lanczos steps; `converged`: `(R,)`.
+    Args:
+        values: Ritz values, shape `(R, k)`.
+        vectors: Their vectors of norm 1, shape `(R, k, n)`.
+        residual: `|A v - value v|`, shape `(R, k)`. An eigenvalue lies within `residual` of each value.
+        iterations: Lanczos steps taken.
+        converged: Shape `(R,)`: whether all residuals of a problem are below the tolerance.
     """
 
     values: Tensor
@@ -51,7 +61,17 @@ class Eigenpairs:
 def krylov_space(
     operator: LinearOperator, steps: int, *, start: Tensor | None = None, generator: torch.Generator | None = None
 ) -> KrylovSpace:
-    """`steps` Lanczos steps from `start` `(R, n)` (random by default)."""
+    """The Krylov space of `steps` Lanczos steps.
+
+    Args:
+        operator: `R` symmetric maps, shape `(R, n, n)`.
+        steps: Number of steps, at most `n`.
+        start: First vectors, shape `(R, n)`, of any length. Default: random.
+        generator: Draws the random start.
+
+    Returns:
+        The space, with `k = steps`.
+    """
     return Lanczos(operator, steps, start, generator).advance(steps).space()
 
 
@@ -64,7 +84,19 @@ def krylov_spaces(
     check_every: int = 5,
     first: int = 1,
 ) -> Iterator[KrylovSpace]:
-    """One Krylov space as it grows to `limit` steps, shown every `check_every` steps (first after `first` or more)."""
+    """One Krylov space as it grows to `limit` steps.
+
+    Args:
+        operator: `R` symmetric maps, shape `(R, n, n)`.
+        limit: Largest number of steps, at most `n`.
+        start: First vectors, shape `(R, n)`, of any length. Default: random.
+        generator: Draws the random start.
+        check_every: Steps between two spaces that are shown.
+        first: Number of steps before the first one is shown, at least.
+
+    Yields:
+        The space so far: the same one, with more steps each time.
+    """
     lanczos = Lanczos(operator, limit, start, generator)
     while lanczos.steps < limit:
         lanczos.advance(min(limit, max(lanczos.steps + check_every, first)) - lanczos.steps)
@@ -83,9 +115,17 @@ def largest_eigenpairs(
 ) -> Eigenpairs:
     """The `count` leading eigenpairs of `R` positive semi-definite operators.
 
-    `tolerance`: stop when every residual is below `tolerance * largest value`.
-    `max_iterations`: Lanczos steps, at most `n` (default `min(n, max(20 count, 300))`); running out is reported in
-    `converged`, never raised. `start`: `(R, n)`, for instance the vectors of an earlier call.
+    Args:
+        operator: The maps `A`, shape `(R, n, n)`.
+        count: Number of pairs per problem; at most `n` are returned.
+        tolerance: Stop when every residual is below `tolerance * largest value`.
+        max_iterations: Lanczos steps, at most `n`. Default `min(n, max(20 count, 300))`.
+        start: First vectors, shape `(R, n)`, for instance the vectors of an earlier call. Default: random.
+        generator: Draws the random start.
+        check_every: Steps between two looks at the residuals.
+
+    Returns:
+        The pairs, largest first. Running out of iterations is reported in `converged`, never raised.
     """
     return extreme_eigenpairs(
         operator,
@@ -110,11 +150,24 @@ def extreme_eigenpairs(
     generator: torch.Generator | None = None,
     check_every: int = 5,
 ) -> Eigenpairs:
-    """The `leading` and the `smallest` eigenpairs of `R` positive semi-definite operators, from one Krylov space.
+    """The leading and the smallest eigenpairs of `R` positive semi-definite operators, from one Krylov space.
 
-    Values largest first: the leading ones, then the smallest ones. Options as in `largest_eigenpairs`; the tolerance is
-    relative to the largest Ritz value at both ends. The small end converges slowly where eigenvalues cluster at 0, and
-    a Ritz value is never below the smallest eigenvalue: read `residual`. A repeated eigenvalue is found once.
+    The small end converges slowly where eigenvalues cluster at 0, and a Ritz value is never below the smallest
+    eigenvalue: read `residual`. A repeated eigenvalue is found once.
+
+    Args:
+        operator: The maps `A`, shape `(R, n, n)`.
+        leading: Number of pairs at the large end.
+        smallest: Number of pairs at the small end.
+        tolerance: Stop when every residual is below `tolerance * largest value`, at both ends.
+        max_iterations: Lanczos steps, at most `n`. Default `min(n, max(20 (leading + smallest), 300))`.
+        start: First vectors, shape `(R, n)`. Default: random.
+        generator: Draws the random start.
+        check_every: Steps between two looks at the residuals.
+
+    Returns:
+        The pairs, largest first: the leading ones, then the smallest ones. Running out of iterations is reported in
+        `converged`, never raised.
     """
     n = operator.shape[-1]
     leading, smallest = min(leading, n), min(smallest, n - min(leading, n))
@@ -145,7 +198,14 @@ def extreme_eigenpairs(
 
 
 class Lanczos:
-    """The iteration: state that can be advanced a few steps at a time, for at most `limit` steps."""
+    """The iteration: state that can be advanced a few steps at a time.
+
+    Args:
+        operator: `R` symmetric maps, shape `(R, n, n)`.
+        limit: Largest number of steps.
+        start: First vectors, shape `(R, n)`; random if `None`.
+        generator: Draws the random start.
+    """
 
     def __init__(
         self, operator: LinearOperator, limit: int, start: Tensor | None, generator: torch.Generator | None
@@ -161,7 +221,14 @@ class Lanczos:
         self.next = random_unit(operator, generator) if start is None else normalise(start.to(operator.like))[0]
 
     def advance(self, count: int) -> Lanczos:
-        """`count` steps more."""
+        """Take `count` steps more.
+
+        Args:
+            count: Number of steps; `steps + count` must be at most `limit`.
+
+        Returns:
+            This object.
+        """
         for k in range(self.steps, self.steps + count):
             if k == self.basis.shape[1]:
                 self.basis = grown(self.basis, self.limit)
@@ -180,7 +247,11 @@ class Lanczos:
         return self
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the problems `rows` (indices) alone; the operator must have `restrict`."""
+        """Leave problems out of the following steps.
+
+        Args:
+            rows: The problems to keep, as indices. The operator must have `restrict`.
+        """
         assert self.operator.restrict is not None
         self.operator = self.operator.restrict(rows)
         self.basis, self.next = self.basis[rows], self.next[rows]

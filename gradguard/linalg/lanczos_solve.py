@@ -21,11 +21,21 @@ def lanczos_solve(
 ) -> LeastSquares:
     """`(A + damping)^{-1} b` by Lanczos from `b`, fully reorthogonalised; of least norm where `A` is singular.
 
-    `b`: `(R, n)`, in the range of `A` if `damping` is 0. The iterates are those of conjugate gradients, so their norms
-    grow towards the solution's: an unfinished solution is a short one. Reorthogonalisation keeps the steps at `n` at
-    most however ill-conditioned `A` is, and takes `R n` elements per step.
-    `tolerance`: on `|b - (A + damping) x| / |b|`, the result's `residual` (default: 10 times the dtype's rounding).
-    `max_iterations`: default `n`; running out is reported in `converged`, never raised.
+    The iterates are those of conjugate gradients. Their norms grow towards the solution's, so an unfinished solution is
+    a short one. Reorthogonalisation keeps the number of steps at `n` at most, however ill-conditioned `A` is, and takes
+    `R n` elements per step.
+
+    Args:
+        operator: `R` positive semi-definite maps `A`, shape `(R, n, n)`.
+        b: The right-hand sides, shape `(R, n)`; in the range of `A` if `damping` is 0.
+        damping: Added to every eigenvalue; not negative.
+        tolerance: Stop when `|b - (A + damping) x| / |b|` is below it. Default: 10 times the dtype's rounding.
+        max_iterations: Default `n`.
+        check_every: Steps between two looks at the residual.
+
+    Returns:
+        The solutions `(R, n)`. `residual` is the ratio above. Running out of iterations is reported in `converged`,
+        never raised.
     """
     tolerance = 10 * torch.finfo(operator.dtype).eps if tolerance is None else tolerance
     length = torch.linalg.vector_norm(b, dim=-1)

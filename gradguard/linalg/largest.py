@@ -25,9 +25,16 @@ _RANDOM_PART = 0.3
 
 @dataclass(frozen=True)
 class LargestEigenvalue:
-    """`value`: `(R,)`, the Ritz value, at most the largest eigenvalue; `upper`: `(R,)`, which the largest eigenvalue is
-    below with the confidence asked for; `vector`: `(R, n)`; `residual`: `(R,)`, `|A v - value v|`; `iterations`;
-    `converged`: `(R,)`, `upper` within the tolerance of `value`."""
+    """The largest eigenvalue of each problem, and how surely it is known.
+
+    Args:
+        value: The Ritz value, shape `(R,)`; at most the largest eigenvalue.
+        upper: Shape `(R,)`: the largest eigenvalue is below it with the confidence asked for.
+        vector: The Ritz vector, shape `(R, n)`.
+        residual: `|A v - value v|`, shape `(R,)`.
+        iterations: Lanczos steps taken, of the problem that took most.
+        converged: Shape `(R,)`: whether `upper` is within the tolerance of `value`.
+    """
 
     value: Tensor
     upper: Tensor
@@ -55,11 +62,19 @@ def largest_eigenvalue(
     `sum_j p_j(l)^2 <= n / q`, where the `p_j` are the Lanczos polynomials, and these grow fast beyond the Ritz values
     (Hochstenbach 2013). The Ritz value itself is much closer: where the room is a tenth, mostly to 1e-4.
 
-    `confidence`: `None` leaves it at the residual: `upper = value + residual`, which an eigenvalue is surely near, only
-    not surely the largest. That takes fewer steps, and far fewer from a good start.
-    `start`: `(R, n)`, the `vector` of an earlier call; a random part is mixed in, to which the same argument applies.
-    `random`: `(R, n)`, uniform directions for those parts, drawn by the caller (default: from `generator`).
-    `max_iterations`: default `min(n, 300)`; running out is reported in `converged`, never raised: `upper` stays sure.
+    Args:
+        operator: `R` positive semi-definite maps, shape `(R, n, n)`.
+        tolerance: Stop when `upper - value` is at most this share of `value`.
+        confidence: Probability with which `upper` holds, in `(0, 1)`. `None`: `upper = value + residual`. An eigenvalue
+            is surely near that, but it need not be the largest. That takes fewer steps, far fewer from a good start.
+        max_iterations: Default `min(n, 300)`.
+        start: Shape `(R, n)`, the `vector` of an earlier call. A random part is mixed in, for which the argument above
+            holds too.
+        random: Uniform directions for the random parts, shape `(R, n)`. Default: drawn from `generator`.
+        generator: Draws them.
+
+    Returns:
+        The values and bounds. Running out of iterations is reported in `converged`, never raised: `upper` still holds.
     """
     n = operator.shape[-1]
     first = random_unit(operator, generator) if random is None else normalise(random.to(operator.like))[0]
@@ -175,11 +190,21 @@ def largest_eigenvalue_bound(
     confidence: float = 0.999,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Numbers `(R,)` that the largest eigenvalues lie below, each with probability `confidence`, whatever the spectrum.
+    """An upper bound of each largest eigenvalue that holds with probability `confidence`, whatever the spectrum.
 
     For Gaussian `u`, `u^T A^p u >= lambda_max^p (v^T u)^2`, and `(v^T u)^2` summed over `probes` is chi-squared. With
     `steps = 0` (`p = 1`) this is an estimate of the trace; every step adds two to `p = 2 steps + 1` and a product per
-    probe. The bound is too high by at most `(n probes / quantile)^(1 / p)` or so.
+    probe. The bound is too high by at most `(n probes / quantile)^(1 / p)` or so (Dixon 1983).
+
+    Args:
+        operator: `R` positive semi-definite maps, shape `(R, n, n)`.
+        probes: Number of random vectors per problem.
+        steps: Power iterations per probe.
+        confidence: Probability with which each bound holds, in `(0, 1)`.
+        generator: Draws the probes.
+
+    Returns:
+        Shape `(R,)`.
     """
     rows, _, n = operator.shape
     logs = []

@@ -17,9 +17,12 @@ from gradguard.linalg.operator import LinearOperator, grown, normalise, orthogon
 class LeastSquares:
     """A solution and how it was reached.
 
-    `solution`: `(R, n)`; `residual`: `(R,)`, the normal equations' residual
-    `|A^T (b - A x) - damping^2 x| / (|A| |b - A x|)` or, where the system is consistent, `|b - A x| / |b|`,
-    whichever is smaller; `iterations`: how many; `converged`: `(R,)`, residual below the tolerance.
+    Args:
+        solution: Shape `(R, n)`.
+        residual: Shape `(R,)`. The normal equations' residual `|A^T (b - A x) - damping^2 x| / (|A| |b - A x|)` or,
+            where the system is consistent, `|b - A x| / |b|`, whichever is smaller.
+        iterations: Number of iterations.
+        converged: Shape `(R,)`: whether the residual is below the tolerance.
     """
 
     solution: Tensor
@@ -41,12 +44,21 @@ def lsmr(
 ) -> LeastSquares:
     """Minimise `|A x - b|^2 + damping^2 |x|^2`; without damping the solution of least norm.
 
-    `b`: shape `(R, m)`. `damping`: a number or `(R,)`. `tolerance`: on the residual of `LeastSquares`
-    (default: 100 times the dtype's rounding). `reduction`: a number or `(R,)`; stop as well where the normal equations'
-    residual is this share of what it was at `x = 0`. `max_iterations`: default `2 n`.
-    `reorthogonalise`: keep the `n`-vectors and orthogonalise against them (`iterations * R * n` elements): an
-    ill-conditioned problem then ends after at most `n` steps, as it would in exact arithmetic.
-    Running out of iterations is reported in `converged`, never raised.
+    Args:
+        operator: The `R` maps `A`, of shape `(R, m, n)`.
+        b: The right-hand sides, shape `(R, m)`.
+        damping: A number, or one per problem `(R,)`; not negative.
+        tolerance: On the residual of `LeastSquares`. Default: 100 times the dtype's rounding.
+        reduction: A number or `(R,)`. Stop as well where the normal equations' residual is this share of what it was at
+            `x = 0`.
+        max_iterations: Default `n` with `reorthogonalise`, else `2 n`.
+        reorthogonalise: Keep the `n`-vectors and orthogonalise against them (`iterations * R * n` elements). An
+            ill-conditioned problem then ends after at most `n` steps, as it would in exact arithmetic.
+        check_every: Iterations between two looks at the residual.
+
+    Returns:
+        The solutions `(R, n)` and how they were reached. Running out of iterations is reported in `converged`, never
+        raised.
     """
     rows, _, n = operator.shape
     tolerance = 100 * torch.finfo(operator.dtype).eps if tolerance is None else tolerance

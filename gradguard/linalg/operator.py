@@ -11,12 +11,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LinearOperator:
-    """`R` independent linear maps, applied together.
+    """`R` independent linear maps `A`, applied together.
 
-    `matvec`: `(R, n) -> (R, m)`; `rmatvec`, its transpose: `(R, m) -> (R, n)`.
-    `shape`: `(R, m, n)`. `like`: a tensor whose dtype and device the vectors share.
-    `restrict`: the operator of some of the problems alone (by their indices), where that is to be had: a solver can
-    then leave those that have ended behind.
+    Args:
+        matvec: `A v`: `(R, n)` to `(R, m)`.
+        rmatvec: `A^T u`: `(R, m)` to `(R, n)`.
+        shape: `(R, m, n)`.
+        like: A tensor whose dtype and device the vectors share.
+        restrict: The operator of some of the problems alone (by their indices), where there is one. A solver can then
+            leave out problems that have ended.
     """
 
     matvec: Callable[[Tensor], Tensor]
@@ -37,7 +40,14 @@ class LinearOperator:
 
     @classmethod
     def from_matrix(cls, matrix: Tensor) -> LinearOperator:
-        """The operator of `R` dense matrices: shape `(R, m, n)`."""
+        """The operator of `R` dense matrices.
+
+        Args:
+            matrix: Shape `(R, m, n)`.
+
+        Returns:
+            An operator that holds `matrix` itself, not a copy.
+        """
 
         def matvec(v: Tensor) -> Tensor:
             return torch.einsum("rmn,rn->rm", matrix, v)
@@ -50,7 +60,15 @@ class LinearOperator:
 
 
 def random_unit(operator: LinearOperator, generator: torch.Generator | None = None) -> Tensor:
-    """Start vectors `(R, n)` of norm 1, uniform on the sphere, drawn on the CPU so that devices agree."""
+    """Start vectors of norm 1, uniform on the sphere, drawn on the CPU so that devices agree.
+
+    Args:
+        operator: Gives the shape, dtype and device.
+        generator: Draws them; on the device of the generator if there is one.
+
+    Returns:
+        Shape `(R, n)`.
+    """
     rows, _, columns = operator.shape
     device = generator.device if generator is not None else torch.device("cpu")
     v = torch.randn(rows, columns, generator=generator, dtype=torch.float64, device=device)
@@ -58,25 +76,55 @@ def random_unit(operator: LinearOperator, generator: torch.Generator | None = No
 
 
 def normalise(v: Tensor) -> tuple[Tensor, Tensor]:
-    """`v / |v|` row by row and the norms `(R,)`; a zero row stays zero."""
+    """Rows divided by their norms.
+
+    Args:
+        v: Shape `(..., n)`.
+
+    Returns:
+        `v / |v|`, in the shape of `v`, and the norms `(...,)`. A zero row stays zero.
+    """
     length = torch.linalg.vector_norm(v, dim=-1)
     return v * safe_inverse(length)[..., None], length
 
 
 def safe_inverse(x: Tensor) -> Tensor:
-    """`1 / x`, and 0 where `x` is 0 (a Krylov space that is exhausted)."""
+    """`1 / x`, and 0 where `x` is 0 (a Krylov space that is exhausted).
+
+    Args:
+        x: Any shape.
+
+    Returns:
+        The shape of `x`.
+    """
     tiny = torch.finfo(x.dtype).tiny
     return torch.where(x.abs() > tiny, 1 / torch.where(x.abs() > tiny, x, torch.ones_like(x)), torch.zeros_like(x))
 
 
 def grown(basis: Tensor, limit: int) -> Tensor:
-    """`basis` `(R, k, n)` with room for `k` vectors more, for `limit` in all at most."""
+    """A basis with room for twice as many vectors.
+
+    Args:
+        basis: Shape `(R, k, n)`.
+        limit: Largest number of vectors.
+
+    Returns:
+        Shape `(R, min(2 k, limit), n)`; the new rows are zero.
+    """
     more = min(basis.shape[1], limit - basis.shape[1])
     return torch.cat([basis, basis.new_zeros(len(basis), more, basis.shape[2])], dim=1)
 
 
 def orthogonalise(v: Tensor, basis: Tensor) -> Tensor:
-    """`v` `(R, n)` without its components in the orthonormal rows of `basis` `(R, k, n)`; twice is enough."""
+    """Vectors without their components in a basis. Done twice, which is enough.
+
+    Args:
+        v: Shape `(R, n)`.
+        basis: Shape `(R, k, n)`, orthonormal rows.
+
+    Returns:
+        Shape `(R, n)`.
+    """
     for _ in range(2):
         v = v - torch.einsum("rk,rkn->rn", torch.einsum("rkn,rn->rk", basis, v), basis)
     return v

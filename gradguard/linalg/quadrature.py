@@ -26,9 +26,14 @@ ScalarFunction = Callable[[Tensor], Tensor]
 class FunctionProduct:
     """`f(A) v` and `v^T f(A) v`.
 
-    `product`: `(R, n)`, `f(A) v`; `quadratic`: `(R,)`, `v^T f(A) v`, in float64; `nodes`, `weights`: `(R, k)`, the
-    quadrature, the weights summing to `|v|^2`; `iterations`: Lanczos steps `k`; `residual`: `(R,)`, by what share
-    `quadratic` changed at the last check; `converged`: `(R,)`, it is below the tolerance.
+    Args:
+        product: `f(A) v`, shape `(R, n)`.
+        quadratic: `v^T f(A) v`, shape `(R,)`, in float64.
+        nodes: The nodes of the quadrature, shape `(R, k)`.
+        weights: Its weights, shape `(R, k)`; they sum to `|v|^2`.
+        iterations: Lanczos steps `k`.
+        residual: Shape `(R,)`: by what share `quadratic` changed at the last check.
+        converged: Shape `(R,)`: whether `residual` is below the tolerance.
     """
 
     product: Tensor
@@ -42,7 +47,14 @@ class FunctionProduct:
 
 @dataclass(frozen=True)
 class TraceEstimate:
-    """`value`: `(R,)`; `standard_error`: `(R,)`, over the probes; `iterations`: the most of a probe; `converged`."""
+    """`tr f(A)` of each problem, and how surely it is known.
+
+    Args:
+        value: Shape `(R,)`.
+        standard_error: Shape `(R,)`, over the probes.
+        iterations: Lanczos steps, of the probe that took most.
+        converged: Shape `(R,)`: whether every probe's quadrature is.
+    """
 
     value: Tensor
     standard_error: Tensor
@@ -59,11 +71,22 @@ def function_product(
     tolerance: float = 0.0,
     check_every: int = 5,
 ) -> FunctionProduct:
-    """`f(A) v` and `v^T f(A) v` of `R` symmetric operators.
+    """`f(A) v` and `v^T f(A) v` of `R` symmetric operators. Holds `R * steps * n` elements.
 
-    `function`: elementwise, from eigenvalues `(R, k)` in float64. `start`: `(R, n)`, the vectors `v`. `steps`: at most
-    so many (and at most `n`); fewer once every `v^T f(A) v` changes by less than `tolerance`, relatively, in
-    `check_every` steps. Holds `R * steps * n` elements.
+    Args:
+        operator: The maps `A`, shape `(R, n, n)`.
+        function: `f`, elementwise, from eigenvalues `(R, k)` in float64.
+        start: The vectors `v`, shape `(R, n)`.
+        steps: Largest number of Lanczos steps, at least 1; at most `n` are taken.
+        tolerance: Stop once every `v^T f(A) v` changes by less than this share in `check_every` steps. 0: take all
+            steps.
+        check_every: Steps between two checks.
+
+    Returns:
+        The products and the quadrature they come from.
+
+    Raises:
+        InputError: If `steps` is below 1.
     """
     if steps < 1:
         raise InputError(f"`steps` must be at least 1, got {steps}.")
@@ -98,7 +121,19 @@ def trace_of_function(
     tolerance: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> TraceEstimate:
-    """`tr f(A)` by stochastic Lanczos quadrature: the mean of `v^T f(A) v` over `probes` vectors of random signs."""
+    """`tr f(A)` by stochastic Lanczos quadrature: the mean of `v^T f(A) v` over vectors of random signs.
+
+    Args:
+        operator: `R` symmetric maps `A`, shape `(R, n, n)`.
+        function: `f`, elementwise, from eigenvalues `(R, k)` in float64.
+        probes: Number of vectors per problem, at least 1. The standard error falls with its root.
+        steps: Lanczos steps per probe.
+        tolerance: As in `function_product`.
+        generator: Draws the signs.
+
+    Returns:
+        The estimates and their standard errors, infinite for a single probe.
+    """
     signs = random_signs(operator, probes, generator).unbind(1)
     found = [function_product(operator, function, v, steps=steps, tolerance=tolerance) for v in signs]
     value, error = mean_and_error(torch.stack([one.quadratic for one in found], dim=1))
@@ -107,14 +142,33 @@ def trace_of_function(
 
 
 def mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over the last dimension and its standard error (infinite for a single sample)."""
+    """The mean over the last dimension and its standard error.
+
+    Args:
+        samples: Shape `(..., K)`.
+
+    Returns:
+        Both of shape `(...,)`. The standard error is infinite for a single sample.
+    """
     count = samples.shape[-1]
     spread = samples.std(dim=-1) if count > 1 else torch.full_like(samples[..., 0], torch.inf)
     return samples.mean(dim=-1), spread / count**0.5
 
 
 def random_signs(operator: LinearOperator, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """`count` vectors of random signs per problem: `(R, count, n)`, drawn on the CPU so that devices agree."""
+    """Vectors of random signs, drawn on the CPU so that devices agree.
+
+    Args:
+        operator: Gives the shape, dtype and device.
+        count: Number of vectors per problem, at least 1.
+        generator: Draws them.
+
+    Returns:
+        Shape `(R, count, n)`, elements -1 and 1.
+
+    Raises:
+        InputError: If `count` is below 1.
+    """
     if count < 1:
         raise InputError(f"`probes` must be at least 1, got {count}.")
     rows, _, n = operator.shape

@@ -14,6 +14,9 @@ def one_thread() -> Iterator[None]:
 
     A small network's product takes microseconds to milliseconds. Threads gain nothing on it, and where other processes
     keep the cores busy they wait for each other at every product.
+
+    Yields:
+        Nothing.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -39,7 +39,15 @@ ADVICE = {
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedFigure:
-    """A figure as data URIs for light and dark pages; `width`, `height`: pixels it is laid out at; `alt`: in words."""
+    """A figure for a page that stands alone.
+
+    Args:
+        light: Data URI for light pages.
+        dark: Data URI for dark pages.
+        width: Pixels it is laid out at.
+        height: Pixels it is laid out at.
+        alt: The figure in words.
+    """
 
     light: str
     dark: str
@@ -49,11 +57,20 @@ class EmbeddedFigure:
 
 
 def save_html(report: LeakageReport, path: str | Path) -> Path:
-    """Write `report` as one self-contained page to `path`, and its figures as plain PNGs beside it.
+    """Write a report as one self-contained page, and its figures as plain PNGs beside it.
 
     The PNGs are `reconstructions.png`, `attacks.png`, `spectrum.png` and `influence.png`, those that the report has
-    something for; they replace files of these names. Everything is written atomically, with mode 0600. Returns `path`.
-    Raises `InputError` if `path` is a folder.
+    something for; they replace files of these names. Everything is written atomically, with mode 0600.
+
+    Args:
+        report: What to write.
+        path: The page's file.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: If `path` is a folder.
     """
     path = Path(path)
     if path.is_dir():

@@ -45,8 +45,14 @@ def reconstruction_rows(report: LeakageReport) -> list[tuple[str, Case]]:
 
 
 def shown_columns(report: LeakageReport) -> list[int]:
-    """Which of the attacked examples are shown, as places in the attacks' lists: at most `COLUMNS`, most exposed first
-    where some are left out."""
+    """Which of the attacked examples are shown.
+
+    Args:
+        report: What is drawn.
+
+    Returns:
+        Places in the attacks' lists, at most `COLUMNS`: the most exposed ones where some are left out.
+    """
     places = list(range(len(report.attacked)))
     if len(places) <= COLUMNS:
         return places

@@ -72,6 +72,13 @@ def plot_reconstructions(report: LeakageReport, *, theme: Theme = LIGHT) -> Figu
 
     Pictures (`(H, W)`, `(1 | 3, H, W)`) are clamped to their value range for display; other inputs are
     drawn as lines over the original's. More than `pictures.COLUMNS` examples: the most exposed ones.
+
+    Args:
+        report: What to draw.
+        theme: Colours.
+
+    Returns:
+        One figure.
     """
     return draw_part(report, RECONSTRUCTIONS, theme)
 
@@ -90,6 +97,13 @@ def plot_influence_check(report: LeakageReport, *, theme: Theme = LIGHT) -> Figu
     """Predicted (I2F) against observed errors, input units, log-log, with the band of `summaries.BAND`.
 
     Predictions outside the range in which the first order holds are hollow.
+
+    Args:
+        report: What to draw.
+        theme: Colours.
+
+    Returns:
+        One figure.
     """
     return draw_part(report, INFLUENCE, theme)
 

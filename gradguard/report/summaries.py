@@ -261,6 +261,12 @@ def error_rows(report: LeakageReport) -> list[ErrorRow]:
     """Predicted errors: a row per example, or, above `FOLD_ABOVE` examples, quantiles from the most exposed on.
 
     Each column of a folded table is folded for itself: the rows are quantiles, not examples.
+
+    Args:
+        report: What to summarise.
+
+    Returns:
+        The rows in the order of the table.
     """
     size = len(report.predicted_error)
     scale = math.sqrt(math.prod(report.input_shape))

@@ -31,8 +31,17 @@ DOTS = 4000
 
 
 def plot_survey(survey: Survey, *, theme: Theme = LIGHT) -> Figure:
-    """Left: the error per class, a dot per example, a bar from the 5% to the 95% quantile with the median, the worst
-    example ringed. Right: all examples from the most to the least exposed. Errors in input units, log axis."""
+    """The error per class, and all examples from the most to the least exposed. Errors in input units, log axis.
+
+    Left: a dot per example, a bar from the 5% to the 95% quantile with the median, the worst example ringed.
+
+    Args:
+        survey: What to draw.
+        theme: Colours.
+
+    Returns:
+        One figure.
+    """
     rows = survey.per_class()[:CLASSES]
     figure = Figure(figsize=(WIDTH, max(3.4, 1.6 + 0.26 * len(rows))), layout="constrained", facecolor=theme.background)
     figure.suptitle("Who is exposed, class by class", **title_style(theme))

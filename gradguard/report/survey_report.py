@@ -46,8 +46,15 @@ DTYPES = {"label": torch.int64, "converged": torch.bool, "digest": torch.int64} 
 class ClassSummary:
     """One class under one measure.
 
-    `label`, `name`: the class; `count`: its examples; `mean`, `median`; `worst`: the most exposed value (the lowest
-    error, the highest `lambda_max`) and `worst_example`, its index into the data; `quantiles`: lowest value first.
+    Args:
+        label: The class.
+        name: Its name.
+        count: Its examples.
+        mean: Over its examples.
+        median: Over its examples.
+        worst: The most exposed value: the lowest error, the highest `lambda_max`.
+        worst_example: Index into the data of the example with that value.
+        quantiles: Value by quantile, lowest value first.
     """
 
     label: int
@@ -62,7 +69,21 @@ class ClassSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleSummary:
-    """One example: `index` into the data, `label`, `name` of its class, and its value in each column of `Survey`."""
+    """One example and its value in each column of `Survey`.
+
+    Args:
+        index: Its place in the data.
+        label: Its class.
+        name: The name of its class.
+        loss: As in `Survey`, like the following ones.
+        gradient_norm: `|g|`.
+        noise_norm: `|delta|`.
+        projection: `|J delta|`.
+        lambda_max: Of `J J^T`.
+        lower_bound: Of the predicted error, input units.
+        predicted_error: I2F, input units.
+        converged: Of the solver behind the error.
+    """
 
     index: int
     label: int
@@ -81,18 +102,30 @@ class ExampleSummary:
 class Survey:
     """Every example of a data set, each measured as an attacker sees it who knows all the others.
 
-    `model`, `defense`: their names; `input_shape`: of one example; `class_names`; `exact`: whether the predicted error
-    was solved for; `complete`: whether the pass reached its end; `conditions`: everything that the numbers depend on
-    except the data; `environment`: versions, device, dtype, date.
+    Columns are `(N,)` on the CPU, in the data's order, float64 unless said otherwise. The gradient is that of the
+    example's own loss, a batch of one; `delta` is what the defense adds to it. An example on which the gradient does
+    not depend at all (`lambda_max` 0) has an infinite error.
 
-    Columns, `(N,)` on the CPU, in the data's order, float64 unless said otherwise. The gradient is that of the
-    example's own loss, a batch of one; `delta` is what the defense adds to it.
-    `label`: int64, `NO_CLASS` for a target that is no class index; `loss`; `gradient_norm`: `|g|`;
-    `noise_norm`: `|delta|`; `projection`: `|J delta|`; `lambda_max`: of `J J^T`, the Ritz value;
-    `lower_bound`: of the predicted error, `|J delta| / (lambda_max + residual)`, input units (Euclidean norm over the
-    example); `predicted_error`: I2F, input units, NaN where it was not asked for; `converged`: bool, of the solver
-    behind `error`; `digest`: int64, a hash of input and target, by which a resumed pass knows its data again.
-    An example on which the gradient does not depend at all (`lambda_max` 0) has an infinite error.
+    Args:
+        model: The model's name.
+        defense: The defense's name.
+        input_shape: Of one example.
+        class_names: One per class.
+        exact: Whether the predicted error was solved for.
+        complete: Whether the pass reached its end.
+        conditions: Everything that the numbers depend on except the data.
+        environment: Versions, device, dtype, date.
+        label: A column, int64; `NO_CLASS` for a target that is no class index.
+        loss: A column: the example's own loss.
+        gradient_norm: A column: `|g|`.
+        noise_norm: A column: `|delta|`.
+        projection: A column: `|J delta|`.
+        lambda_max: A column: of `J J^T`, the Ritz value.
+        lower_bound: A column: of the predicted error, `|J delta| / (lambda_max + residual)`, input units (Euclidean
+            norm over the example).
+        predicted_error: A column: I2F, input units; NaN where it was not asked for.
+        converged: A column, bool: of the solver behind `error`.
+        digest: A column, int64: a hash of input and target, by which a resumed pass knows its data again.
     """
 
     model: str
@@ -147,11 +180,26 @@ class Survey:
         return self.class_names[label] if 0 <= label < len(self.class_names) else str(label)
 
     def quantiles(self, measure: str | None = None, at: Sequence[float] = QUANTILES) -> dict[float, float]:
-        """Quantiles of a column over all examples: each is a value that an example has (the lower of two)."""
+        """Quantiles of a column over all examples: each is a value that an example has (the lower of two).
+
+        Args:
+            measure: A column. Default: that of `error`.
+            at: Quantiles in [0, 1].
+
+        Returns:
+            Value by quantile.
+        """
         return _quantiles(self._column(measure), at)
 
     def per_class(self, measure: str | None = None) -> list[ClassSummary]:
-        """A row per class, the class with the most exposed example first. `measure`: a column (default: `error`'s)."""
+        """A summary of each class.
+
+        Args:
+            measure: A column. Default: that of `error`.
+
+        Returns:
+            A row per class, the class with the most exposed example first.
+        """
         measure = measure or self.measure
         column, labels = self._column(measure), self.label.numpy()
         sign = -1.0 if EXPOSED_IS_HIGH[measure] else 1.0
@@ -176,7 +224,15 @@ class Survey:
         return sorted(rows, key=lambda row: sign * row.worst)
 
     def worst(self, k: int = 10, measure: str | None = None) -> list[ExampleSummary]:
-        """The `k` most exposed examples, the most exposed first. `measure`: a column (default: `error`'s)."""
+        """The most exposed examples.
+
+        Args:
+            k: How many.
+            measure: A column. Default: that of `error`.
+
+        Returns:
+            The most exposed first.
+        """
         measure = measure or self.measure
         sign = -1.0 if EXPOSED_IS_HIGH.get(measure) else 1.0
         order = np.argsort(sign * self._column(measure), kind="stable")[:k]
@@ -203,7 +259,14 @@ class Survey:
     # ------------------------------------------------------------------ forms of it
 
     def to_dict(self, *, examples: bool = True) -> dict[str, Any]:
-        """Plain JSON types, non-finite numbers as `None`. `examples`: with the columns, one list each."""
+        """Plain JSON types, non-finite numbers as `None`.
+
+        Args:
+            examples: With the columns, one list each.
+
+        Returns:
+            The fields by name, and summaries: quantiles, classes, the most exposed examples.
+        """
         measures = [m for m in EXPOSED_IS_HIGH if m != "predicted_error" or self.exact]
         found: dict[str, Any] = {
             "model": self.model,
@@ -246,6 +309,12 @@ class Survey:
         """Write one self-contained page and the figure beside it as `survey.png`, readable by the owner only.
 
         It has no pictures of examples, only their places in the data, classes and numbers.
+
+        Args:
+            path: The page's file.
+
+        Returns:
+            The path.
         """
         from gradguard.report.survey_html import save_survey_html
 
@@ -264,8 +333,15 @@ class Survey:
     def load(cls, path: str | Path) -> Survey:
         """Read what `save` wrote. The file is not trusted: nothing in it is executed, and its columns are checked.
 
-        Raises `InputError` if there is no such file or it is no survey.
-        """
+        Args:
+            path: A safetensors file.
+
+        Returns:
+            The survey.
+
+        Raises:
+            InputError: If there is no such file or it is not a survey.
+        """  # noqa: DOC501 (the `ValueError` below is caught)
         path = Path(path)
         if not path.is_file():
             raise InputError(f"There is no survey file {str(path)!r}.")

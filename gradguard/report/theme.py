@@ -22,8 +22,18 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 
 @dataclass(frozen=True, kw_only=True)
 class Theme:
-    """Colours: `ink` for text, `muted` for secondary text, `grid` for what stays in the background; `without` and
-    `with_` for the two gradients, `worst` for the most exposed example, `series` for anything else."""
+    """The colours of a figure.
+
+    Args:
+        background: Of the figure.
+        ink: For text.
+        muted: For secondary text.
+        grid: For what stays in the background.
+        without: For the gradient without a defense.
+        with_: For the gradient with one.
+        worst: For the most exposed example.
+        series: For anything else.
+    """
 
     background: str
     ink: str

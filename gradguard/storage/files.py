@@ -19,7 +19,13 @@ from gradguard.errors import InputError
 def atomic_path(path: str | Path, *, private: bool = True) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes `path`'s place only if the block ends well.
 
-    `private`: readable and writable by the owner alone (mode 0600), for gradients and reconstructions.
+    Args:
+        path: Where the file is to be. Missing folders are made.
+        private: Readable and writable by the owner alone (mode 0600), for gradients and reconstructions; else mode
+            0644.
+
+    Yields:
+        The temporary path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,13 +41,24 @@ def atomic_path(path: str | Path, *, private: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str, *, private: bool = True) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically.
+
+    Args:
+        path: Where the file is to be.
+        text: Its text, written as UTF-8.
+        private: As in `atomic_path`.
+    """
     with atomic_path(path, private=private) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def save_gradient(path: str | Path, gradient: Mapping[str, Tensor]) -> None:
-    """Write a gradient as safetensors, one tensor per parameter, for the owner's eyes."""
+    """Write a gradient as safetensors, readable by the owner alone.
+
+    Args:
+        path: Where the file is to be.
+        gradient: One tensor per parameter, keyed as `named_parameters()`.
+    """
     tensors = {n: g.detach().cpu().contiguous() for n, g in gradient.items()}
     with atomic_path(path) as temporary:
         safetensors.torch.save_file(tensors, temporary)
@@ -50,7 +67,14 @@ def save_gradient(path: str | Path, gradient: Mapping[str, Tensor]) -> None:
 def load_gradient(path: str | Path) -> dict[str, Tensor]:
     """Read a gradient that `save_gradient` wrote. A gradient file is untrusted: nothing in it is executed.
 
-    Raises `InputError` if there is no such file or it is not safetensors (a pickle, for instance).
+    Args:
+        path: A safetensors file.
+
+    Returns:
+        The tensors by their names, on the CPU.
+
+    Raises:
+        InputError: If there is no such file, or it is not safetensors (a pickle, for instance).
     """
     path = Path(path)
     if not path.is_file():
@@ -67,7 +91,12 @@ def load_gradient(path: str | Path) -> dict[str, Tensor]:
 def load_weights(path: str | Path, model: nn.Module) -> None:
     """Load a model's parameters and buffers from safetensors, in place; every name must match.
 
-    Raises `InputError` if the file is not safetensors or does not fit the model.
+    Args:
+        path: A safetensors file.
+        model: The model whose weights are replaced.
+
+    Raises:
+        InputError: If the file is not safetensors or does not fit the model.
     """
     tensors = load_gradient(path)
     try:

@@ -24,14 +24,32 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def activation_module(name: str) -> nn.Module:
-    """The activation called `name`; `InputError` for one that is not in `ACTIVATIONS`."""
+    """The activation of a name.
+
+    Args:
+        name: One of `ACTIVATIONS`.
+
+    Returns:
+        A new module.
+
+    Raises:
+        InputError: If there is no such name.
+    """
     if name not in ACTIVATIONS:
         raise InputError(f"`activation` must be one of {sorted(ACTIVATIONS)}, got {name!r}.")
     return ACTIVATIONS[name]()
 
 
 def uniform_init_(model: nn.Module, bound: float = 0.5) -> nn.Module:
-    """DLG's initialisation: every weight and bias uniform on `(-bound, bound)`."""
+    """DLG's initialisation: every weight and bias uniform on `(-bound, bound)`, in place.
+
+    Args:
+        model: The model to initialise.
+        bound: The largest absolute value.
+
+    Returns:
+        The same model.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_(-bound, bound)
@@ -49,6 +67,16 @@ def lenet(
     """The LeNet of DLG and I2F: four 5x5 convolutions of 12 channels, the first two with stride 2, and a linear head.
 
     Weights as PyTorch draws them; the papers' are `uniform_init_(lenet())`.
+
+    Args:
+        in_channels: Channels of a picture.
+        image_size: Pixels per side.
+        num_classes: Outputs `C`.
+        activation: One of `ACTIVATIONS`.
+        channels: Channels of every convolution.
+
+    Returns:
+        Maps `(B, in_channels, image_size, image_size)` to `(B, num_classes)`.
     """
     size = math.ceil(math.ceil(image_size / 2) / 2)
     layers: list[nn.Module] = []
@@ -61,7 +89,16 @@ def lenet(
 
 
 def fcn(sizes: Sequence[int], *, activation: str = "leaky_relu", bias: bool = False) -> nn.Sequential:
-    """A fully connected network with layers of `sizes`, input first. R-GAP's FCN3 is `fcn((784, 1000, 100, 1))`."""
+    """A fully connected network. R-GAP's FCN3 is `fcn((784, 1000, 100, 1))`.
+
+    Args:
+        sizes: Units of each layer, the input first.
+        activation: One of `ACTIVATIONS`; none after the last layer.
+        bias: Whether the layers have biases.
+
+    Returns:
+        Maps `(B, ...)` with `sizes[0]` elements per example to `(B, sizes[-1])`.
+    """
     layers: list[nn.Module] = [nn.Flatten()]
     for index, (width_in, width_out) in enumerate(pairwise(sizes)):
         layers.append(nn.Linear(width_in, width_out, bias=bias))
@@ -73,7 +110,17 @@ def fcn(sizes: Sequence[int], *, activation: str = "leaky_relu", bias: bool = Fa
 def cnn6(
     *, second_channels: int = 36, num_classes: int = 1, head_bias: bool = False, activation: str = "leaky_relu"
 ) -> nn.Sequential:
-    """R-GAP's CNN6 for 32x32 RGB pictures (Zhu & Blaschko 2021); CNN6-d is `cnn6(second_channels=20)`."""
+    """R-GAP's CNN6 for 32x32 RGB pictures (Zhu & Blaschko 2021); CNN6-d is `cnn6(second_channels=20)`.
+
+    Args:
+        second_channels: Channels of the second convolution.
+        num_classes: Outputs `C`; 1 for the paper's two classes with a logistic loss.
+        head_bias: Whether the last layer has a bias.
+        activation: One of `ACTIVATIONS`.
+
+    Returns:
+        Maps `(B, 3, 32, 32)` to `(B, num_classes)`.
+    """
     plan = [(12, 4, 2, 2), (second_channels, 3, 2, 1), (36, 3, 1, 1), (36, 3, 1, 1), (64, 3, 2, 1), (128, 3, 1, 1)]
     layers: list[nn.Module] = []
     channels = 3
@@ -87,7 +134,15 @@ def cnn6(
 
 
 def digits_convnet(*, num_classes: int = 10, activation: str = "tanh") -> nn.Sequential:
-    """The small ConvNet of the demo, for 8x8 grey pictures: two convolutions and a linear head, smooth activations."""
+    """The small ConvNet of the demo, for 8x8 grey pictures: two convolutions and a linear head, smooth activations.
+
+    Args:
+        num_classes: Outputs `C`.
+        activation: One of `ACTIVATIONS`.
+
+    Returns:
+        Maps `(B, 1, 8, 8)` to `(B, num_classes)`.
+    """
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         activation_module(activation),
@@ -101,7 +156,12 @@ def digits_convnet(*, num_classes: int = 10, activation: str = "tanh") -> nn.Seq
 class Normalised(nn.Module):
     """`(x - mean) / std`, channel by channel, as a model's first layer: inputs then live in [0, 1], PSNR with them.
 
-    `mean`, `std`: one number per channel. They are buffers, so no gradient is sent of them.
+    Args:
+        mean: One number per channel. A buffer, so no gradient of it is sent.
+        std: One positive number per channel. A buffer too.
+
+    Raises:
+        InputError: If the two differ in length, or a `std` is not positive.
     """
 
     mean: Tensor
@@ -131,8 +191,21 @@ def convnet(
 
     Eight convolutions of 1, 2, 2, 4, 4, 4, 4 and 4 times `width` channels, a maximum pooling over 3x3 pixels after the
     sixth and the last (32 pixels become 10, then 3), a linear head; ConvNet-64 is `convnet(64)`. The authors' code
-    writes nine convolutions down, but two under one name, of which one is built. `image_size` is at least 9. Call
-    `.eval()` before measuring it: in training mode batch normalisation mixes examples.
+    writes nine convolutions down, but two under one name, of which one is built. Call `.eval()` before measuring it: in
+    training mode batch normalisation mixes examples.
+
+    Args:
+        width: Channels of the first convolution.
+        in_channels: Channels of a picture.
+        image_size: Pixels per side, at least 9.
+        num_classes: Outputs `C`.
+        activation: One of `ACTIVATIONS`.
+
+    Returns:
+        Maps `(B, in_channels, image_size, image_size)` to `(B, num_classes)`.
+
+    Raises:
+        InputError: If `image_size` is too small.
     """
     if image_size < 9:
         raise InputError(f"`image_size` must be at least 9 (two poolings divide it by 3), got {image_size}.")
@@ -150,7 +223,15 @@ def convnet(
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions (or 1x1, 3x3, 1x1 with `expansion` 4) beside a shortcut (He et al. 2016)."""
+    """Two 3x3 convolutions (or 1x1, 3x3, 1x1 with `expansion` 4) beside a shortcut (He et al. 2016).
+
+    Args:
+        width_in: Channels of the input.
+        width: Channels inside; the output has `width * expansion`.
+        stride: Stride of the block.
+        expansion: 1, or 4 for the bottleneck block.
+        activation: One of `ACTIVATIONS`.
+    """
 
     def __init__(self, width_in: int, width: int, stride: int, *, expansion: int, activation: str) -> None:
         super().__init__()
@@ -196,11 +277,24 @@ def resnet(
     activation: str = "relu",
     large_inputs: bool = False,
 ) -> nn.Sequential:
-    """ResNet-`depth` with batch normalisation (He et al. 2016): 10, 18, 34, 50, 101 or 152 layers.
+    """ResNet-`depth` with batch normalisation (He et al. 2016).
 
-    `width`: channels of the first stage (64 in the paper). `large_inputs`: the ImageNet stem, a 7x7 convolution with
-    stride 2 and a max-pool; by default the CIFAR stem, one 3x3 convolution. Call `.eval()` before measuring it: in
-    training mode batch normalisation mixes examples.
+    Call `.eval()` before measuring it: in training mode batch normalisation mixes examples.
+
+    Args:
+        depth: 10, 18, 34, 50, 101 or 152 layers.
+        in_channels: Channels of a picture.
+        num_classes: Outputs `C`.
+        width: Channels of the first stage (64 in the paper).
+        activation: One of `ACTIVATIONS`.
+        large_inputs: The ImageNet stem, a 7x7 convolution with stride 2 and a max-pool; by default the CIFAR stem, one
+            3x3 convolution.
+
+    Returns:
+        Maps `(B, in_channels, height, width)` to `(B, num_classes)`.
+
+    Raises:
+        InputError: If there is no such depth.
     """
     if depth not in _RESNETS:
         raise InputError(f"`depth` must be one of {sorted(_RESNETS)}, got {depth}.")
@@ -243,9 +337,22 @@ def vgg(
 ) -> nn.Sequential:
     """VGG-`depth` with one linear head (Simonyan & Zisserman 2015): 3x3 convolutions and maximum pooling.
 
-    `depth`: 11, 13 or 16. The head is the one usual for CIFAR, a linear layer on what the five poolings leave of
-    `image_size` (at least 32), without the paper's two layers of 4,096 units. `normalised`: batch normalisation after
-    each convolution.
+    The head is the one usual for CIFAR, a linear layer on what the five poolings leave of `image_size`, without the
+    paper's two layers of 4,096 units.
+
+    Args:
+        depth: 11, 13 or 16.
+        in_channels: Channels of a picture.
+        image_size: Pixels per side, at least 32.
+        num_classes: Outputs `C`.
+        activation: One of `ACTIVATIONS`.
+        normalised: Batch normalisation after each convolution.
+
+    Returns:
+        Maps `(B, in_channels, image_size, image_size)` to `(B, num_classes)`.
+
+    Raises:
+        InputError: If there is no such depth, or `image_size` is too small.
     """
     if depth not in _VGGS:
         raise InputError(f"`depth` must be one of {sorted(_VGGS)}, got {depth}.")
@@ -265,7 +372,12 @@ def vgg(
 
 
 class CausalSelfAttention(nn.Module):
-    """Attention to the tokens so far, with an explicit softmax: it can be differentiated as often as one likes."""
+    """Attention to the tokens so far, with an explicit softmax: it can be differentiated as often as one likes.
+
+    Args:
+        width: Elements per token `E`, a multiple of `heads`.
+        heads: Number of heads.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -285,7 +397,13 @@ class CausalSelfAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`: GPT-2's pre-norm block (Radford et al. 2019)."""
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`: GPT-2's pre-norm block (Radford et al. 2019).
+
+    Args:
+        width: Elements per token `E`, a multiple of `heads`.
+        heads: Number of heads.
+        activation: One of `ACTIVATIONS`.
+    """
 
     def __init__(self, width: int, heads: int, activation: str) -> None:
         super().__init__()
@@ -303,7 +421,16 @@ class TransformerBlock(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer with GPT-2's module names; see `gpt`."""
+    """A decoder-only transformer with GPT-2's module names; see `gpt`.
+
+    Args:
+        vocabulary: Number of tokens `V`.
+        width: Elements per token `E`, a multiple of `heads`.
+        heads: Heads per block.
+        layers: Number of blocks.
+        context: Longest sequence.
+        activation: One of `ACTIVATIONS`.
+    """
 
     def __init__(self, vocabulary: int, width: int, heads: int, layers: int, context: int, activation: str) -> None:
         super().__init__()
@@ -319,7 +446,17 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens `(B, T)` to scores of the token that follows each, `(B, T, V)`."""
+        """Score the token that follows each token.
+
+        Args:
+            tokens: Shape `(B, T)`, int64, `T` at most the context.
+
+        Returns:
+            Logits `(B, T, V)`.
+
+        Raises:
+            InputError: If the sequence is longer than the context.
+        """
         length = tokens.shape[1]
         if length > self.context:
             raise InputError(f"The model takes at most {self.context} tokens (`context`), got {length}.")
@@ -340,12 +477,26 @@ def gpt(
     activation: str = "gelu",
     tied: bool = False,
 ) -> GPT:
-    """A small GPT (Radford et al. 2019) without dropout: tokens `(B, T)` to logits `(B, T, vocabulary)`.
+    """A small GPT (Radford et al. 2019) without dropout.
 
-    `width`: `E`, a multiple of `heads`. `context`: the most tokens. `tied`: the head's weight is the table of
-    embeddings. Modules are named as GPT-2's: `transformer.wte` looks tokens up, `transformer.wpe` positions;
-    `transformer.h.0.attn.c_attn` and so on; `lm_head`. Weights as PyTorch draws them, embeddings of positions a tenth
-    of tokens'.
+    Modules are named as GPT-2's: `transformer.wte` looks tokens up, `transformer.wpe` positions;
+    `transformer.h.0.attn.c_attn` and so on; `lm_head`. Weights as PyTorch draws them; embeddings of positions are a
+    tenth of the tokens'.
+
+    Args:
+        vocabulary: Number of tokens `V`.
+        width: Elements per token `E`, a multiple of `heads`.
+        heads: Heads per block.
+        layers: Number of blocks.
+        context: Longest sequence.
+        activation: One of `ACTIVATIONS`.
+        tied: Whether the head's weight is the table of embeddings.
+
+    Returns:
+        Maps tokens `(B, T)` to logits `(B, T, vocabulary)`.
+
+    Raises:
+        InputError: If a size is below 1, or `width` is not a multiple of `heads`.
     """
     if vocabulary < 1 or width < 1 or heads < 1 or width % heads:
         raise InputError(

@@ -17,10 +17,17 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".t
 class PictureFolder(Dataset):
     """Pictures in `path/CLASS/*`, classes and files in the order of their names.
 
-    `shape`: `(channels, height, width)` that every picture is brought to: one channel is grey, three are RGB; shorter
-    and longer sides are scaled, each to its own. Default: RGB in the files' own sizes, which must then be equal.
-    An item is `(picture, label)`: floats in [0, 1], shape `(channels, height, width)`, and the class's index.
-    Raises `InputError` for a folder without sub-folders of pictures, and, at the item, for a file that is no picture.
+    An item is `(picture, label)`: floats in [0, 1], shape `(channels, height, width)`, and the class's index. Taking an
+    item raises `InputError` if the file is not a picture.
+
+    Args:
+        path: A folder with one sub-folder per class.
+        shape: `(channels, height, width)` that every picture is brought to. One channel is grey, three are RGB; each
+            side is scaled on its own, so proportions may change. Default: RGB in the files' own sizes, which must then
+            be equal.
+
+    Raises:
+        InputError: If there is no such folder, it has no sub-folders of pictures, or `shape` is not one of a picture.
     """
 
     def __init__(self, path: str | Path, *, shape: tuple[int, ...] | None = None) -> None:

@@ -18,7 +18,14 @@ from gradguard.errors import InputError
 
 @dataclass(frozen=True)
 class Pictures:
-    """`images`: `(N, channels, height, width)` in [0, 1]; `labels`: `(N,)`; `class_names`: one per class; `name`."""
+    """Labelled pictures.
+
+    Args:
+        images: Shape `(N, channels, height, width)`, in [0, 1].
+        labels: Class indices, shape `(N,)`, int64.
+        class_names: One per class.
+        name: What the set is called in reports.
+    """
 
     images: Tensor
     labels: Tensor
@@ -29,14 +36,25 @@ class Pictures:
         return len(self.images)
 
     def split(self, held_out: int) -> tuple[Pictures, Pictures]:
-        """All but the last `held_out` pictures, and those."""
+        """All but the last pictures, and the last ones.
+
+        Args:
+            held_out: How many are the last ones, at least 1.
+
+        Returns:
+            The first `N - held_out` pictures and the other `held_out`.
+        """
         parts = [(self.images[:-held_out], self.labels[:-held_out]), (self.images[-held_out:], self.labels[-held_out:])]
         first, second = (Pictures(i, y, self.class_names, self.name) for i, y in parts)
         return first, second
 
 
 def digits() -> Pictures:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey (UCI; bundled with scikit-learn)."""
+    """scikit-learn's 1,797 handwritten digits (UCI; bundled with scikit-learn).
+
+    Returns:
+        Grey pictures of 8x8 pixels, 10 classes.
+    """
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -45,7 +63,14 @@ def digits() -> Pictures:
 
 
 def photos(size: int = 32) -> Pictures:
-    """scikit-learn's two sample photographs, cropped to squares and scaled to `size` pixels (bundled, CC-BY)."""
+    """scikit-learn's two sample photographs, cropped to squares (bundled, CC-BY).
+
+    Args:
+        size: Pixels per side that they are scaled to.
+
+    Returns:
+        Two RGB pictures, one per class.
+    """
     from sklearn.datasets import load_sample_images
 
     pictures = []
@@ -56,10 +81,18 @@ def photos(size: int = 32) -> Pictures:
 
 
 def load_npz(path: str | Path) -> Pictures:
-    """Pictures from an `.npz` with `images` (`(N, H, W)` or `(N, H, W, C)`; uint8, or floats in [0, 1]) and `labels`.
+    """Pictures from an `.npz` file.
 
-    Raises `InputError` for a missing file, missing arrays, unequal lengths, or values outside their range.
-    """
+    Args:
+        path: A file with `images`, `(N, H, W)` or `(N, H, W, C)`, uint8 or floats in [0, 1], and `labels`, integers
+            `(N,)`; `class_names` if there are any. It is read without pickle.
+
+    Returns:
+        The pictures, scaled to [0, 1].
+
+    Raises:
+        InputError: For a missing file, missing arrays, unequal lengths, or values outside their range.
+    """  # noqa: DOC501 (the `ValueError` below is caught)
     path = Path(path)
     if not path.is_file():
         raise InputError(f"There is no data file {str(path)!r}.")

@@ -19,12 +19,18 @@ MILESTONES = (3 / 8, 5 / 8, 7 / 8)
 
 @dataclass(frozen=True, kw_only=True)
 class Adam(Optimiser):
-    """Kingma & Ba 2015, as attacks use it.
+    """Adam (Kingma & Ba 2015), as attacks use it.
 
-    `sign`: "hard" replaces the derivative by its sign (Geiping et al. 2020); "soft" by `tanh`, scaled so that it turns
-        into the derivative itself towards the end; `None` takes it as it is.
-    `decay`: of the learning rate: "step" (a tenth at 3/8, 5/8 and 7/8 of the iterations), "cosine" (to zero), `None`.
-    `warm_up`: iterations over which the rate grows from 0, linearly.
+    Args:
+        iterations: Steps per trial, at least 1.
+        learning_rate: Positive; input units per step, about.
+        sign: "hard" replaces the derivative by its sign (Geiping et al. 2020); "soft" by `tanh`, scaled so that it
+            turns into the derivative itself towards the end; `None` takes it as it is.
+        decay: Of the learning rate: "step" (a tenth at 3/8, 5/8 and 7/8 of the iterations), "cosine" (to zero), `None`.
+        warm_up: Iterations over which the rate grows from 0, linearly.
+
+    Raises:
+        InputError: If a value is outside its range.
     """
 
     iterations: int = 4800
@@ -55,7 +61,14 @@ class Adam(Optimiser):
 
 
 class AdamSearch(Search):
-    """The state of Adam on `T` trials."""
+    """The state of Adam on `T` trials.
+
+    Args:
+        options: The optimiser's options.
+        start: Shape `(T, n)`.
+        target: A trial with a value at most this has ended.
+        project: Puts points back where they are allowed to be; `None`: everywhere is.
+    """
 
     def __init__(self, options: Adam, start: Tensor, target: float, project: Projection | None) -> None:
         self.options, self.target = options, target

@@ -22,8 +22,16 @@ MAX_STEPS = 25  # evaluations in one line search
 
 @dataclass(frozen=True, kw_only=True)
 class LBFGS(Optimiser):
-    """Limited-memory BFGS. `memory`: pairs kept per trial. `tolerance`: a trial ends when no element of its derivative
-    is larger. It has no way to keep points in a box."""
+    """Limited-memory BFGS. It has no way to keep points in a box.
+
+    Args:
+        evaluations: Evaluations of each trial, at least 1.
+        memory: Pairs kept per trial, at least 1.
+        tolerance: A trial ends when no element of its derivative is larger.
+
+    Raises:
+        InputError: If a value is outside its range.
+    """
 
     evaluations: int = 300
     memory: int = 20
@@ -36,14 +44,33 @@ class LBFGS(Optimiser):
             raise InputError(f"`memory` must be at least 1, got {self.memory}.")
 
     def search(self, start: Tensor, *, target: float = 0.0, project: Projection | None = None) -> Search:
-        """Every trial from its own start."""
+        """Begin a search, every trial from its own start.
+
+        Args:
+            start: Shape `(T, n)`.
+            target: A trial with a value at most this has ended.
+            project: Must be `None`.
+
+        Returns:
+            The state, not advanced yet.
+
+        Raises:
+            InputError: If there is a projection.
+        """
         if project is not None:
             raise InputError("L-BFGS moves freely: use Adam where inputs are to be kept in their range.")
         return LBFGSSearch(start, memory=self.memory, target=target, tolerance=self.tolerance)
 
 
 class LBFGSSearch(Search):
-    """The state of L-BFGS on `T` trials. A non-finite value counts as a step too long."""
+    """The state of L-BFGS on `T` trials. A non-finite value counts as a step too long.
+
+    Args:
+        start: Shape `(T, n)`.
+        memory: Pairs kept per trial.
+        target: A trial with a value at most this has ended.
+        tolerance: A trial ends when no element of its derivative is larger.
+    """
 
     def __init__(self, start: Tensor, *, memory: int, target: float, tolerance: float) -> None:
         trials, n = start.shape
@@ -160,7 +187,14 @@ class LBFGSSearch(Search):
 
 @dataclass(frozen=True)
 class Minima:
-    """`points`: `(T, n)`; `values`: `(T,)`; `evaluations`: ticks; `converged`: `(T,)`, by value or by gradient."""
+    """The best points of a search, and how it ended.
+
+    Args:
+        points: Shape `(T, n)`.
+        values: Shape `(T,)`.
+        evaluations: Of each trial.
+        converged: Shape `(T,)`: whether by value or by gradient.
+    """
 
     points: Tensor
     values: Tensor
@@ -179,11 +213,23 @@ def lbfgs(
     check_every: int = 10,
     stop_at_first: bool = False,
 ) -> Minima:
-    """Minimise `T` functions from `start` `(T, n)`.
+    """Minimise `T` functions.
 
-    `evaluations`: how often `function` is called, each time for all trials. A trial ends when its value is at most
-    `target`, its gradient's largest element at most `tolerance`, or no step makes progress any more.
-    `stop_at_first`: end everything as soon as one trial reaches `target`. A non-finite value counts as a step too long.
+    A trial ends when its value is at most `target`, its gradient's largest element at most `tolerance`, or no step
+    makes progress any more. A non-finite value counts as a step too long.
+
+    Args:
+        function: Values `(T,)` and gradients `(T, n)` of points `(T, n)`.
+        start: Shape `(T, n)`.
+        evaluations: How often `function` is called, each time for all trials.
+        memory: Pairs kept per trial.
+        target: A value that is low enough.
+        tolerance: A derivative that is small enough.
+        check_every: Evaluations between two looks at whether all have ended.
+        stop_at_first: End everything as soon as one trial reaches `target`.
+
+    Returns:
+        The best point and value of each trial, and how the search ended.
     """
     search = LBFGSSearch(start, memory=memory, target=target, tolerance=tolerance)
     for tick in range(1, evaluations + 1):

@@ -25,6 +25,12 @@ class Penalty(ABC):
     """`weight` times something that is small for inputs as they ought to be. A subclass defines `of`.
 
     `couples`: whether a trial's penalty depends on the other trials of its picture.
+
+    Args:
+        weight: Not negative and finite; relative to the matching loss.
+
+    Raises:
+        InputError: If `weight` is outside its range.
     """
 
     weight: float
@@ -35,20 +41,47 @@ class Penalty(ABC):
             raise InputError(f"A penalty's `weight` must be finite and not negative, got {self.weight}.")
 
     def __call__(self, inputs: Tensor, trials: Trials) -> Tensor:
-        """`(T,)` for `inputs` `(T, B, *input_shape)`, differentiable."""
+        """The weighted penalty, differentiable.
+
+        Args:
+            inputs: The trials' inputs, shape `(T, B, *input_shape)`.
+            trials: What is known about the trials.
+
+        Returns:
+            Shape `(T,)`.
+        """
         return self.weight * self.of(inputs, trials)
 
     @abstractmethod
     def of(self, inputs: Tensor, trials: Trials) -> Tensor:
-        """The penalty at weight 1."""
+        """The penalty at weight 1.
+
+        Args:
+            inputs: The trials' inputs, shape `(T, B, *input_shape)`.
+            trials: What is known about the trials.
+
+        Returns:
+            Shape `(T,)`.
+        """
 
     def check(self, trials: Trials) -> None:
-        """Raise `InputError` if this penalty cannot be computed for such trials."""
+        """Refuse trials of which this penalty cannot be computed.
+
+        Args:
+            trials: What is known about the trials.
+
+        Raises:
+            InputError: If it cannot be computed.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class TotalVariation(Penalty):
-    """The mean absolute difference of neighbouring pixels, down plus across (Geiping et al. 2020); 0 if no pictures."""
+    """The mean absolute difference of neighbouring pixels, down plus across (Geiping et al. 2020); 0 if no pictures.
+
+    Args:
+        weight: As in `Penalty`.
+    """
 
     def of(self, inputs: Tensor, trials: Trials) -> Tensor:
         """`(T,)`, in input units."""
@@ -56,7 +89,14 @@ class TotalVariation(Penalty):
 
 
 def total_variation(inputs: Tensor) -> Tensor:
-    """`(T,)` for `inputs` `(T, B, channels, height, width)`, the mean over the trial's neighbouring pixels."""
+    """The mean absolute difference of neighbouring pixels, down plus across, over a trial's pictures.
+
+    Args:
+        inputs: Shape `(T, B, channels, height, width)`; with fewer dimensions they are not pictures.
+
+    Returns:
+        Shape `(T,)`, input units; 0 for inputs that are not pictures.
+    """
     if inputs.ndim < 5:
         return inputs.new_zeros(len(inputs))
     down, across = inputs.diff(dim=-2), inputs.diff(dim=-1)
@@ -65,7 +105,11 @@ def total_variation(inputs: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SquaredNorm(Penalty):
-    """The mean square of the inputs' elements (GradInversion's image prior, Yin et al. 2021, Eq. 5)."""
+    """The mean square of the inputs' elements (GradInversion's image prior, Yin et al. 2021, Eq. 5).
+
+    Args:
+        weight: As in `Penalty`.
+    """
 
     def of(self, inputs: Tensor, trials: Trials) -> Tensor:
         """`(T,)`."""
@@ -76,7 +120,10 @@ class SquaredNorm(Penalty):
 class GaussianPrior(Penalty):
     """`(x - mean)^T C^{-1} (x - mean) / D`, `C` the covariance of pictures: with a Mahalanobis distance, MAP.
 
-    `mean`: of an element; the middle of the value range if not given.
+    Args:
+        weight: As in `Penalty`.
+        prior: The covariance `C`.
+        mean: Of an element. Default: the middle of the value range, 0 if that is not known.
     """
 
     prior: PowerLawPrior = field(default_factory=PowerLawPrior)
@@ -95,8 +142,11 @@ class GaussianPrior(Penalty):
 class BatchNormStatistics(Penalty):
     """How far each BatchNorm's inputs are from its running statistics (GradInversion, Yin et al. 2021, Eq. 7).
 
-    `sum_l |mean_l - running_mean_l| + |variance_l - running_variance_l|` over the trial's batch; the first layer counts
-    `first` times.
+    `sum_l |mean_l - running_mean_l| + |variance_l - running_variance_l|` over the trial's batch.
+
+    Args:
+        weight: As in `Penalty`.
+        first: How many times the first layer counts.
     """
 
     first: float = 10.0
@@ -151,6 +201,9 @@ class GroupConsistency(Penalty):
     """The mean squared distance to the mean of the same picture's trials (GradInversion, Yin et al. 2021, Eq. 11).
 
     Differs from the paper in: the mean is taken as it is, without registering the trials first.
+
+    Args:
+        weight: As in `Penalty`.
     """
 
     couples: ClassVar[bool] = True

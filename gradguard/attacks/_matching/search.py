@@ -20,8 +20,11 @@ Projection = Callable[[Tensor], Tensor]
 class Search(ABC):
     """`T` minimisations in progress. Every tensor it holds has the trials as its first axis.
 
-    `point`, `value`: `(T, n)` and `(T,)`, the best of each trial so far, `inf` before the first evaluation;
-    `ended`: `(T,)`, trials that will not move any more; `broken`: `(T,)`, those that met nothing finite to go on from.
+    Attributes:
+        point: Shape `(T, n)`, the best point of each trial so far.
+        value: Shape `(T,)`, the value there; `inf` before the first evaluation.
+        ended: Shape `(T,)`, trials that will not move any more.
+        broken: Shape `(T,)`, trials that met nothing finite to go on from.
     """
 
     point: Tensor
@@ -31,18 +34,38 @@ class Search(ABC):
 
     @abstractmethod
     def advance(self, function: ValueAndGradient) -> None:
-        """One evaluation of all trials, and what follows from it. Reads nothing back from the device."""
+        """Evaluate all trials once, and do what follows from it. Reads nothing back from the device.
+
+        Args:
+            function: Values `(T,)` and gradients `(T, n)` of points `(T, n)`.
+        """
 
     @abstractmethod
     def begin(self, which: Tensor, start: Tensor) -> None:
-        """Start the trials of the mask `which` `(T,)` anew, from their rows of `start` `(T, n)`."""
+        """Start some trials anew.
+
+        Args:
+            which: A mask `(T,)` of the trials.
+            start: Shape `(T, n)`; the rows of those trials are read.
+        """
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its whole state."""
+        """The whole state of the search.
+
+        Returns:
+            Tensors by name; trials are the first axis of each.
+        """
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from the state that `tensors()` gave. Raises `InputError` if it is another search's."""
+        """Go on from a state.
+
+        Args:
+            tensors: What `tensors()` gave.
+
+        Raises:
+            InputError: If it is the state of another search.
+        """
         own = self.tensors()
         if set(tensors) != set(own) or any(tensors[n].shape[1:] != own[n].shape[1:] for n in own):
             raise InputError(
@@ -53,13 +76,21 @@ class Search(ABC):
             setattr(self, name, value.to(own[name]))
 
     def extend(self, other: Search) -> None:
-        """Take the trials of `other`, a search of the same kind, behind the own ones."""
+        """Add the trials of another search behind the own ones.
+
+        Args:
+            other: A search of the same kind.
+        """
         theirs = other.tensors()
         for name, value in self.tensors().items():
             setattr(self, name, torch.cat([value, theirs[name]]))
 
     def select(self, rows: Tensor) -> None:
-        """Keep the trials `rows` (indices) only."""
+        """Keep some trials only.
+
+        Args:
+            rows: Their indices.
+        """
         for name, value in self.tensors().items():
             setattr(self, name, value[rows])
 
@@ -75,9 +106,27 @@ class Optimiser(ABC):
 
     @abstractmethod
     def search(self, start: Tensor, *, target: float = 0.0, project: Projection | None = None) -> Search:
-        """Begin at `start` `(T, n)`. `target`: a trial with a value at most this has ended. `project`: see there."""
+        """Begin a search.
+
+        Args:
+            start: Shape `(T, n)`.
+            target: A trial with a value at most this has ended.
+            project: Puts points `(T, n)` back where they are allowed to be.
+
+        Returns:
+            The state, not advanced yet.
+        """
 
 
 def rows_where(which: Tensor, these: Tensor, those: Tensor) -> Tensor:
-    """Row by row `these` where the mask `which` `(T,)` holds, else `those`: shapes `(T, ...)`."""
+    """Choose row by row.
+
+    Args:
+        which: A mask `(T,)`.
+        these: Shape `(T, ...)`, taken where the mask holds.
+        those: The same shape, taken elsewhere.
+
+    Returns:
+        The same shape.
+    """
     return torch.where(which.reshape(-1, *[1] * (these.ndim - 1)), these, those)
