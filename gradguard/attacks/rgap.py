@@ -138,7 +138,7 @@ class RGAP(Attack):
             rest = found.candidates.mean(0) if found.combination is None else found.combination
             parts.append(rest.expand(count - len(known.inputs), -1))
         whole = known.labels is not None
-        inputs, labels = torch.cat(parts).reshape(count, *observation.input_shape), known.labels
+        inputs, labels = chain.undone(torch.cat(parts)), known.labels
         if labels is not None and observation.labels is not None:
             order = _matched(labels, observation.labels)
             inputs, labels, known = inputs[order], observation.labels, replace(known, units=known.units[order])

@@ -1,5 +1,6 @@
 """What the closed-form attacks claim: an input is called exact only where nothing else explains the gradient."""
 
+import itertools
 import math
 
 import pytest
@@ -20,7 +21,7 @@ def psnr(found, true):
 
 def mlp(*widths, bias=True):
     layers = [nn.Flatten()]
-    for width, following in zip(widths[:-1], widths[1:], strict=True):
+    for width, following in itertools.pairwise(widths):
         layers += [nn.Linear(width, following, bias=bias), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

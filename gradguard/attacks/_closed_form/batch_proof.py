@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +59,8 @@ class Explained:
 class BatchProof:
     """The certificates of an observation's first layer. `index`: where the layer is in `chain.steps`.
 
-    `targets`: what the loss may have been given for one example, `(Y, ...)`; `None` if that is unknown, and then nothing
-    can be proved.
+    `targets`: what the loss may have been given for one example, `(Y, ...)`; `None` if that is unknown, and then
+    nothing can be proved.
     """
 
     def __init__(self, observation: Observation, chain: Chain, index: int) -> None:
@@ -123,7 +125,8 @@ class BatchProof:
         """
         if labels is None or self.targets is None or not loss <= self.rounding:
             return False
-        for x, y in zip(inputs.flatten(1), self.function.cast(labels), strict=True):
+        rows = torch.stack([self.chain(x, self.parameters, stop=self.index).flatten() for x in inputs])
+        for x, y in zip(rows, self.function.cast(labels), strict=True):
             outputs = self._above(self._z(x))
             same = (self.targets == y).reshape(len(self.targets), -1).all(1)
             label = int(same.to(torch.int64).argmax())
@@ -165,9 +168,9 @@ class BatchProof:
 
         return torch.func.grad(loss)(outputs if point is None else point)
 
-    def _signal_rank(self, outputs: Tensor, pull_back: object, units: Tensor) -> int:
+    def _signal_rank(self, outputs: Tensor, pull_back: Callable[..., Any], units: Tensor) -> int:
         """Of the signals on `units` that any outputs near these and any target could send back."""
-        assert self.targets is not None and callable(pull_back)
+        assert self.targets is not None
         generator = torch.Generator().manual_seed(0)
         signals = []
         for label in range(len(self.targets)):

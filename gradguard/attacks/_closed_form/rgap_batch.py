@@ -3,8 +3,8 @@
 The gradient of a linear layer is `sum_r k_r x_r^T`, of rank one for one example only, so the recursion on a batch gives
 a combination of its examples (Zhu & Blaschko 2021, section 3). A unit that one example alone activates (ReLU) still has
 that example's rank-one row: `grad W_i / grad b_i = x_r`, exactly. Those of one example all have the same ratio. Mixed
-ones have each their own if the signals of the examples differ in direction, and one in common if they do not, so a group
-that agrees is a candidate, and `batch_proof` says which candidates are examples.
+ones have each their own if the signals of the examples differ in direction, and one in common if they do not, so a
+group that agrees is a candidate, and `batch_proof` says which candidates are examples.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradguard.attacks._closed_form.batch_proof import BatchProof
 from gradguard.attacks._closed_form.heads import bias_head
-from gradguard.chain import Affine, Chain, Reshape
+from gradguard.chain import Affine, Chain
 from gradguard.errors import InputError
 from gradguard.threats.observation import Observation
 
@@ -53,9 +53,8 @@ def check_batch(observation: Observation, chain: Chain) -> None:
 def first_layer(observation: Observation, chain: Chain) -> Affine | None:
     """The layer whose units' ratios may be examples: a linear one on the inputs, with gradients of weight and bias."""
     layer, sent = chain.layers[0], observation.sent
-    direct = all(isinstance(step, Reshape) for step in chain.steps[: chain.affine_indices[0]])
     told = layer.bias is not None and layer.weight in sent and bool(sent.get(layer.bias, torch.zeros(1)).any())
-    return layer if direct and told else None
+    return layer if chain.moves and told else None
 
 
 def examples(weight_gradient: Tensor, bias_gradient: Tensor, count: int) -> Examples:
@@ -103,7 +102,7 @@ def recovered(observation: Observation, chain: Chain, found: Examples) -> Recove
     explained = [proof.explained(x, group, bias) for x, group in zip(found.candidates, found.groups, strict=True)]
     count, units = observation.batch_size, found.groups.sum(1)
     if len(explained) == count and proof.targets is not None:
-        inputs = found.candidates.reshape(count, *observation.input_shape)
+        inputs = chain.undone(found.candidates)
         labels = proof.targets[torch.tensor([e.label for e in explained], device=bias.device)]
         rank = proof.rank(torch.cat([weight, bias[:, None]], dim=1))
         alike = proof.labels is None or torch.equal(_sorted(labels), _sorted(proof.labels))

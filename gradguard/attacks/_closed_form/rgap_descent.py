@@ -11,7 +11,7 @@ from torch import Tensor
 from gradguard.attacks._closed_form.heads import Head
 from gradguard.attacks._closed_form.rgap_layer import EXACT, LayerSolver, Sides, Solved
 from gradguard.attacks._closed_form.rgap_problem import Problem
-from gradguard.chain import Activation, Affine, ChannelScale, LayerSystem, MeanPool, Reshape, Residual, Step
+from gradguard.chain import Activation, Affine, ChannelScale, LayerSystem, MeanPool, Reshape, Residual, Rewire, Step
 
 #: What is this many times the error away from a flat value is sure not to be it.
 _FLAT = 50
@@ -83,6 +83,8 @@ class Descent:
         elif isinstance(step, ChannelScale):
             self.x, self.k = step.inverse(self.x, parameters), step.backward(self.k, parameters)
             self._sides = self._sides and self._sides.through(step, parameters)
+        elif isinstance(step, Rewire):
+            self._pass_rewiring(step)
         elif isinstance(step, Activation):
             self._pass_activation(step)
         elif isinstance(step, Residual):
@@ -92,6 +94,12 @@ class Descent:
             self.x, self.k = self.x.reshape(step.input_shape), self.k.reshape(step.input_shape)
             self._known = None if self._known is None else self._known.reshape(step.input_shape)
             self._sides = self._sides and self._sides.through(step, parameters)
+
+    def _pass_rewiring(self, step: Rewire) -> None:
+        self.x, self.k = step.inverse(self.x, known=self._known), step.backward(self.k)
+        self._known = None if self._known is None else step.known(self._known)
+        # Of copies neither side is the other's; nothing is moved there.
+        self._sides = self._sides.rewired(step) if self._sides and step.one_to_one else None
 
     def _pass_residual(self, block: Residual) -> None:
         """The gradient of the branch's last layer gives that layer's input, hence the branch's value and the skip's."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradguard.chain import Activation, Affine, ChannelScale, LayerSystem, MeanPool, Reshape
+from gradguard.chain import Activation, Affine, ChannelScale, LayerSystem, MeanPool, Reshape, Rewire
 from gradguard.functional.vectors import Gradient
 from gradguard.linalg import LinearOperator
 from gradguard.linalg.cgls import cgls
@@ -64,6 +64,15 @@ class Sides:
             z, k, distance = (v.reshape(step.input_shape) for v in (self.z, self.k, self.distance))
             return replace(self, z=z, k=k, distance=distance)
         return replace(self, z=step.inverse(self.z, parameters), k=step.backward(self.k, parameters))
+
+    def rewired(self, step: Rewire) -> Sides:
+        """The same before a one-to-one rewiring."""
+        return replace(
+            self,
+            z=step.inverse(self.z),
+            k=step.backward(self.k),
+            distance=_places(step, self.distance),
+        )
 
     def doubtful(self, error: float) -> Tensor:
         """Indices into the flat output of the units that a relative error of `error` may have put on this side."""
@@ -266,6 +275,13 @@ class LayerSolver:
             "crossed": 0,
             "ambiguous": 0,
         }
+
+
+def _places(step: Rewire, values: Tensor) -> Tensor:
+    """`values` of a one-to-one rewiring's outputs at its inputs, unscaled."""
+    moved = torch.empty_like(values.flatten())
+    moved[step.index.to(values.device)] = values.flatten()
+    return moved.reshape(step.input_shape)
 
 
 def _share(remainder: Tensor, of: Tensor) -> float:

@@ -20,7 +20,7 @@ from torch.func import grad, vmap
 
 from gradguard.attacks._closed_form.batch_proof import BatchProof
 from gradguard.attacks._closed_form.sparse_columns import SparseColumns
-from gradguard.chain import Activation, Affine, Chain, Reshape, all_parameters, walk
+from gradguard.chain import Activation, Affine, Chain, Reshape, Rewire, all_parameters, walk
 from gradguard.errors import InputError, UnsupportedModelError
 from gradguard.threats.observation import Observation
 
@@ -106,20 +106,24 @@ class Disaggregation:
             proof = BatchProof(self.seen, self.chain, self.index)
             if not proof.copies_proved(inputs, found.labels, found.loss):
                 reasons.append(
-                    f"The gradient tells {len(inputs) - found.copies} of {len(inputs)} examples apart; the others may be "
-                    "copies, or different examples whose combinations are returned."
+                    f"The gradient tells {len(inputs) - found.copies} of {len(inputs)} examples apart; the others may "
+                    "be copies, or different examples whose combinations are returned."
                 )
         if (
             not self.has_bias
             and found.labels is not None
-            and self._has_twin(inputs.flatten(1), self.function.cast(found.labels))
+            and self._has_twin(self._rows(inputs), self.function.cast(found.labels))
         ):
             reasons.append("With another scale or label an example has the same gradient.")
         return reasons
 
+    def _rows(self, inputs: Tensor) -> Tensor:
+        """The first layer's inputs."""
+        return torch.stack([self.chain(x, self.parameters, stop=self.index).flatten() for x in inputs])
+
     def _has_twin(self, x: Tensor, labels: Tensor) -> bool:
-        """Whether, for an example of `x` `(B, n)`, a factor far from 1 and some label give the gradient that 1 gives."""
-        targets, share = self._targets(x)
+        """Whether, for an example of `x` `(B, n)`, another factor and some label give the gradient that 1 gives."""
+        targets, _ = self._targets(x)
         if targets is None:
             return False
         grid = torch.linspace(-_LARGEST, _LARGEST, 4 * _GRID - 3, dtype=x.dtype, device=x.device)
@@ -269,7 +273,7 @@ class Disaggregation:
             own = own[order]
             choice = best[own]
             found = targets[choice // most]
-        inputs = (x[own] * scales[own].gather(1, choice[:, None])).reshape(count, *self.observation.input_shape)
+        inputs = self.chain.undone(x[own] * scales[own].gather(1, choice[:, None]))
         loss = math.nan if found is None else self.observation.matching_loss(inputs, found)
         return Disaggregated(inputs, found, loss, score, count - len(x))
 
@@ -278,7 +282,7 @@ def _first_layer(chain: Chain) -> tuple[int, Affine]:
     """The linear layer on the inputs, and where it is in the chain, once a ReLU follows it."""
     index = chain.affine_indices[0]
     layer = chain.layers[0]
-    before = next((s for s in chain.steps[:index] if not isinstance(s, Reshape)), None)
+    before = next((s for s in chain.steps[:index] if not isinstance(s, Reshape | Rewire)), None)
     if layer.kind != "Linear" or before is not None:
         first = layer if before is None else before
         raise UnsupportedModelError(
