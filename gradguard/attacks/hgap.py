@@ -99,10 +99,11 @@ class HGAP(RGAP):
         completed = [row for row in rows if "deficit" in row]
         names = [row["layer"] for row in completed]
         left = [name for name in result.details.get("short", []) if name not in names]
-        converged = not left and all(
+        unproved = result.details.get("unproved", [])
+        converged = not (left or unproved) and all(
             row["residual"] <= self.tolerance and row["solved"] and row.get("determined", True) for row in rows
         )
-        note = " ".join([_note(row) for row in completed] + ([result.details["note"]] if left else []))
+        note = " ".join([_note(row) for row in completed] + ([result.details["note"]] if left else unproved))
         details = result.details | {"deficient": names} | ({"note": note} if completed else {})
         return replace(result, converged=bool(rows or result.converged) and converged, details=details)
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from gradguard.attacks._closed_form.heads import Head
-from gradguard.attacks._closed_form.rgap_batch import check_batch, examples, first_layer
+from gradguard.attacks._closed_form.rgap_batch import Recovered, check_batch, examples, first_layer, recovered
 from gradguard.attacks._closed_form.rgap_descent import Descent, is_short
-from gradguard.attacks._closed_form.rgap_layer import EXACT, LayerSolver
+from gradguard.attacks._closed_form.rgap_layer import EXACT, LayerSolver, determines
 from gradguard.attacks._closed_form.rgap_problem import PERFECT, Problem, Trial
 from gradguard.attacks.base import Attack
 from gradguard.chain import few_threads, walk
@@ -37,11 +38,20 @@ class RGAP(Attack):
     given.
 
     Of a batch, on a chain of linear layers only, come the examples that alone activate units of a first layer with a
-    bias (ReLU), exact and in no particular order, and one combination in the place of the others: `details["exact"]`
-    and `details["units"]` say how many, and how many units agree on each; it has converged if all are exact. Labels are
-    then not assigned, so there is no matching loss.
+    bias (ReLU), those that are proved first, and one combination in the place of the others. A group of units that
+    agrees on an input is an example only if the signals of several could not agree as well, which they do under a
+    two-class softmax, one output, a head of low rank, or a flat one (see `batch_proof`). `details["exact"]` and
+    `details["units"]` say how many are proved and how many units agree on each; `details["candidates"]`, on how many
+    inputs units agree. It has converged if all examples were found, the gradient's rank is their number, and their
+    gradient is the one sent up to rounding; labels are assigned then only.
 
-    `tolerance`: the attack has converged if no layer's relative residual is above it.
+    Guarantees, if the attack has converged: no layer's relative residual is above `tolerance`, the input's own
+    equations have one solution, the gradient of what was found is the one sent, and no other candidate within the value
+    range matches as well. Otherwise `details["unproved"]` says in sentences what is missing. Not guaranteed: that
+    targets are of the kind assumed where none are given (class indices, 0 and 1).
+
+    `tolerance`: the attack has converged if no layer's relative residual is above it, and the matching loss not above
+        its square.
     `damping`: `lambda` in `min |A x - b|^2 + lambda^2 |x|^2` per layer, for rows of norm 1. By default each layer's is
         what its equations leave over (`rgap_layer.natural_damping`): nothing for an exact gradient, and what keeps a
         noisy one from blowing up.
@@ -95,15 +105,18 @@ class RGAP(Attack):
         best, twins = problem.choose(found)
         residual = max((row["residual"] for row in best.rows), default=0.0)
         short = [row["layer"] for row in best.rows if is_short(row)]
+        unproved = problem.unproved(best, found, self._open_layers(problem, best, short), self.tolerance)
         return Reconstruction(
             attack=self.name,
             inputs=best.x[None],
             labels=best.targets,
             matching_loss=best.loss,
-            converged=residual <= self.tolerance and all(row["solved"] for row in best.rows) and not short,
+            converged=residual <= self.tolerance
+            and all(row["solved"] for row in best.rows)
+            and not (short or unproved),
             details=details
             | {"candidate": best.head.origin, "twins": twins, "residual": residual, "layers": best.rows}
-            | {"short": short, "note": _note(best.rows)},
+            | {"short": short, "unproved": unproved, "note": " ".join(filter(None, [_note(best.rows), *unproved]))},
         )
 
     def _run_batch(self, observation: Observation) -> Reconstruction:
@@ -119,19 +132,23 @@ class RGAP(Attack):
             return replace(combined, inputs=inputs, labels=None, converged=False, details=details)
         sent = observation.in_dtype(torch.float64).sent
         found = examples(sent[layer.weight], sent[str(layer.bias)], count)
-        exact = len(found.exact)
-        parts = [found.exact]
-        if exact < count:
-            rest = found.exact.mean(0) if found.combination is None else found.combination
-            parts.append(rest.expand(count - exact, -1))
-        note = f"{exact} of {count} examples alone activate units of {layer.name!r}, and are exact."
-        if exact < count:
-            note += " The others' places hold one combination of them."
+        known = recovered(observation, chain, found)
+        parts = [known.inputs]
+        if len(known.inputs) < count:
+            rest = found.candidates.mean(0) if found.combination is None else found.combination
+            parts.append(rest.expand(count - len(known.inputs), -1))
+        whole = known.labels is not None
+        inputs, labels = chain.undone(torch.cat(parts)), known.labels
+        if labels is not None and observation.labels is not None:
+            order = _matched(labels, observation.labels)
+            inputs, labels, known = inputs[order], observation.labels, replace(known, units=known.units[order])
+        details = {"start": layer.name, "exact": known.proved, "units": known.units[: known.proved].tolist()}
         return Reconstruction(
             attack=self.name,
-            inputs=torch.cat(parts).reshape(count, *observation.input_shape),
-            converged=exact == count,
-            details={"start": layer.name, "exact": exact, "units": found.units.tolist(), "note": note},
+            inputs=inputs,
+            labels=labels,
+            converged=whole,
+            details=details | {"candidates": len(known.inputs), "note": _batch_note(known, count, layer.name)},
         )
 
     def _trials(self, problem: Problem, heads: list[Head]) -> list[Trial]:
@@ -141,15 +158,29 @@ class RGAP(Attack):
         for index, descent in enumerate(descents):
             head, (x, rows) = descent.head, descent.finish()
             if bool(torch.isfinite(x).all()):
-                found.append(problem.trial(x, head, rows))
+                found.append(problem.trial(x, head, rows, tuple(descent.systems)))
                 if found[-1].loss < PERFECT:
                     # Another candidate can only match as well if the model is homogeneous, and its picture is then
                     # this one scaled.
                     for other in (d.head for d in descents[index + 1 :]):
                         scale = (other.x @ head.x) / head.x.square().sum()
-                        found.append(problem.trial(scale * x, other, rows))
+                        found.append(problem.trial(scale * x, other, rows, tuple(descent.systems)))
                     break
         return found
+
+    def _open_layers(self, problem: Problem, best: Trial, short: list[str]) -> list[str]:
+        """The layers that do not determine their input although they are not `short`.
+
+        What a higher layer leaves open the layers below contradict, and so does the gradient of what was found; so only
+        the lowest is looked at, and all of them where the matching loss is unknown.
+        """
+        systems = best.systems if math.isnan(best.loss) else best.systems[-1:]
+        with few_threads(problem.chain.layers):
+            return [
+                name
+                for name, system in systems
+                if name not in short and not determines(system, max_iterations=self.max_iterations)
+            ]
 
     def _descent(self, problem: Problem, head: Head) -> Descent:
         """The way down from one candidate."""
@@ -176,6 +207,31 @@ def _likeliest_first(descents: list[Descent]) -> list[Descent]:
 def _as_one(observation: Observation) -> Observation:
     """A batch's gradient as if it were one example's."""
     return observation if observation.batch_size == 1 else replace(observation, batch_size=1, labels=None)
+
+
+def _matched(found: Tensor, given: Tensor) -> Tensor:
+    """The order in which the labels `found` are the labels `given`, as sets they are equal."""
+    order, free = [], list(range(len(found)))
+    for label in given.to(found.dtype):
+        place = next((i for i in free if torch.equal(found[i], label)), free[0])
+        free.remove(place)
+        order.append(place)
+    return torch.tensor(order)
+
+
+def _batch_note(known: Recovered, count: int, layer: str) -> str:
+    """What is claimed of a batch, in words."""
+    note = f"{known.proved} of {count} examples alone activate units of {layer!r}, and are exact."
+    if known.proved == count:
+        return note if known.labels is not None else f"{note} The gradient of all of them is not just the one sent."
+    if len(known.inputs) > known.proved:
+        note += (
+            f" {len(known.inputs) - known.proved} more on which units agree may be examples or combinations of them: "
+            "the signal that comes back to these units cannot tell."
+        )
+    if len(known.inputs) < count:
+        note += " The others' places hold one combination of them."
+    return note
 
 
 def _note(rows: list[dict[str, Any]]) -> str:

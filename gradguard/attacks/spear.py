@@ -44,7 +44,8 @@ class SPEAR(Attack):
     `details`: `rank`, found in the gradient (below `B` where examples are copies, or their `k` is lost in rounding);
     `noise`, the first singular value that was taken for rounding, relative to the largest; `samples`; `directions`,
     independent ones found; `sparsity`, the share of zeros of each; `score`, the share of agreement of `K`'s zeros with
-    the signs of `z`; `copies`, examples returned as another one's copy.
+    the signs of `z`; `copies`, examples returned as another one's copy; `unproved`, in sentences why what has the sent
+    gradient may still be something else, empty if it cannot: then the attack has not converged.
     """
 
     max_samples: int = 200_000
@@ -88,12 +89,13 @@ class SPEAR(Attack):
             samples, turn = samples + count, turn + 1
         if best is None:
             best = problem.examples(columns)
+        unproved = problem.unproved(best) if self._exact(best) else []
         return Reconstruction(
             attack=self.name,
             inputs=best.inputs,
             labels=best.labels,
             matching_loss=best.loss,
-            converged=self._exact(best),
+            converged=self._exact(best) and not unproved,
             details={
                 "rank": columns.rank,
                 "noise": found.noise,
@@ -102,6 +104,7 @@ class SPEAR(Attack):
                 "sparsity": (columns.zeros / max(len(columns.unit), 1)).tolist(),
                 "score": best.score,
                 "copies": best.copies,
+                "unproved": unproved,
             },
         )
 

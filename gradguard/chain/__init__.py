@@ -6,6 +6,7 @@ the module that breaks it. Source: Zhu & Blaschko 2021 (arXiv 2010.07733), secti
 """
 
 from gradguard.chain.activation import Activation, Shape
+from gradguard.chain.rewiring import Rewire
 from gradguard.chain.sequence import Chain, Graph, all_parameters
 from gradguard.chain.steps import (
     Affine,
@@ -32,6 +33,7 @@ __all__ = [
     "MeanPool",
     "Reshape",
     "Residual",
+    "Rewire",
     "Shape",
     "Step",
     "Sum",

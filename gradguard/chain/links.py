@@ -215,6 +215,8 @@ MAX_MODULES = (nn.MaxPool2d, nn.AdaptiveMaxPool2d)
 MAX_CALLS = frozenset({F.max_pool2d, torch.max_pool2d, F.adaptive_max_pool2d})
 ADD_CALLS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
 
+#: Methods that give a constant in the dtype of another tensor.
+LIKE_METHODS = frozenset(["to", "type_as", "new_tensor", "new_full", "new_zeros", "new_ones"])
 SHAPE_METHODS = frozenset(["size", "dim", "numel"])
 SHAPE_ATTRIBUTES = frozenset(["shape", "ndim", "dtype", "device"])
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gradguard.chain.activation import Activation, Shape
-from gradguard.chain.steps import Affine, MaxPool, MeanPool, Residual, Step, Sum
+from gradguard.chain.rewiring import Rewire
+from gradguard.chain.steps import Affine, MaxPool, MeanPool, Reshape, Residual, Step, Sum
 from gradguard.errors import UnsupportedModelError
 from gradguard.functional.loss_gradient import LossGradient
 from gradguard.functional.vectors import Gradient
@@ -49,6 +51,19 @@ class Chain:
         for step in self.steps[start:stop]:
             x = step(x, parameters)
         return x
+
+    @property
+    def moves(self) -> bool:
+        """Whether only reshapes and rewirings come before the first layer, so that its input gives the model's."""
+        return all(isinstance(step, Reshape | Rewire) for step in self.steps[: self.affine_indices[0]])
+
+    def undone(self, x: Tensor) -> Tensor:
+        """The model's input from the first layer's, if `moves`. `x`: `(B, ...)`, one row per example."""
+        for step in reversed(self.steps[: self.affine_indices[0]]):
+            assert isinstance(step, Reshape | Rewire), "asked for before"
+            if isinstance(step, Rewire):
+                x = torch.stack([step.inverse(row) for row in x])
+        return x.reshape(len(x), *self.input_shape)
 
     def check_invertible(self, stop: int, *, partly: bool = False) -> None:
         """Refuse a chain with steps that are not one-to-one.

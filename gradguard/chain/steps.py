@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradguard.chain.activation import Activation, Shape
+from gradguard.chain.rewiring import Padding, Rewire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,8 @@ class Affine:
 
     `name`: the module's path; `kind`: "Linear" or "Conv2d"; `weight`, `bias`: names of its parameters (`bias` may be
     `None`). `kernel`, `stride`, `dilation`, `padding`: (height, width); `extra_padding`: zeros at the bottom and right
-    beyond `padding` (an even kernel with "same"). Padding is known to be zero and is no unknown.
+    beyond `padding` (an even kernel with "same"). Padding is known to be zero and is no unknown. `before`: padding of
+    any kind (reflected, a constant) by what comes before the layer, whose copies and constants are no unknowns either.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Affine:
     dilation: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     extra_padding: tuple[int, int] = (0, 0)
+    before: Padding | None = None
 
     @property
     def unknowns(self) -> int:
@@ -100,32 +103,46 @@ class Affine:
         )
 
     def offset(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The bias in a shape that adds to an output; zero without one."""
+        """What is added to the part linear in the input: the bias, and what a constant padding gives."""
+        weight = parameters[self.weight]
+        constant = self.constant_patches(weight)
+        padding = 0.0 if constant is None else (self.matrix(weight) @ constant).reshape(self.output_shape)
         if self.bias is None:
-            return parameters[self.weight].new_zeros(())
-        return parameters[self.bias].reshape(-1, *[1] * (len(self.output_shape) - 1))
+            return weight.new_zeros(()) + padding
+        return parameters[self.bias].reshape(-1, *[1] * (len(self.output_shape) - 1)) + padding
 
     def patches(self, x: Tensor) -> Tensor:
         """What each weight of a filter meets at each position: `input_shape -> (G, T, L)`. Linear in `x`."""
         if self.kind == "Linear":
             return x.reshape(1, -1, 1)
+        x = x.reshape(self.input_shape)
+        return self._unfolded(x if self.before is None else self.before.spread(x))
+
+    def _unfolded(self, x: Tensor) -> Tensor:
         bottom, right = self.extra_padding
-        x = x.reshape(1, *self.input_shape)
+        x = x[None]
         if bottom or right:
             x = F.pad(x, (0, right, 0, bottom))
         columns = F.unfold(x, self.kernel, dilation=self.dilation, padding=self.padding, stride=self.stride)
         return columns.reshape(self.groups, -1, columns.shape[-1])
 
+    def constant_patches(self, like: Tensor) -> Tensor | None:
+        """What the patches of every input have beside `patches`: those of a constant padding; `None` for nothing."""
+        if self.before is None or self.before.fill is None:
+            return None
+        return self._unfolded(self.before.fill.to(like))
+
     def unpatches(self, columns: Tensor) -> Tensor:
         """The transpose of `patches`: `(G, T, L) -> input_shape`."""
         if self.kind == "Linear":
             return columns.reshape(self.input_shape)
-        _, height, width = self.input_shape
+        height, width = self.input_shape[1:] if self.before is None else self.before.index.shape
         bottom, right = self.extra_padding
         columns = columns.reshape(1, -1, columns.shape[-1])
         padded = (height + bottom, width + right)
         x = F.fold(columns, padded, self.kernel, dilation=self.dilation, padding=self.padding, stride=self.stride)
-        return x[0, :, :height, :width]
+        x = x[0, :, :height, :width]
+        return x if self.before is None else self.before.gather(x, self.input_shape)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A weight, or its gradient, in the parameter's shape as `(G, F, T)`."""
@@ -137,7 +154,8 @@ class Affine:
 
     def weight_gradient(self, x: Tensor, k: Tensor) -> Tensor:
         """`grad W = k patches(x)^T`, as `(G, F, T)`. `k`: `output_shape`."""
-        return self.rows(k) @ self.patches(x).mT
+        patches, constant = self.patches(x), self.constant_patches(x)
+        return self.rows(k) @ (patches if constant is None else patches + constant).mT
 
     def backward(self, k: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """`W^T k`: the loss's derivative by the layer's input. `k`: `output_shape`."""
@@ -331,4 +349,4 @@ class Residual:
         return x
 
 
-Step = Affine | Activation | Reshape | Tail | ChannelScale | MeanPool | Residual
+Step = Affine | Activation | Reshape | Rewire | Tail | ChannelScale | MeanPool | Residual

@@ -85,7 +85,9 @@ class LayerSystem:
             columns = squares.expand(-1, -1, layer.outputs // layer.filters)
             return cls(layer, operator, target, operator, target, 0, (w_scale, None), _lengths(layer, columns))
         kk, k_scale = _unit_rows(layer.rows(k))
-        sent = layer.matrix(weight_gradient) * k_scale
+        constant = layer.constant_patches(weight)
+        own = 0.0 if constant is None else layer.rows(k) @ constant.mT  # the constant padding's part of the gradient
+        sent = (layer.matrix(weight_gradient) - own) * k_scale
         equations, values = _operator(layer, w, seen, kk), torch.cat([z, sent.flatten()])[None]
         operator, target = equations, values
         columns = squares + kk.square().sum(1)[:, None]
@@ -114,7 +116,8 @@ class LayerSystem:
         Returns:
             An operator, linear in `t` `(1, n)`, at the rows' present scales.
         """
-        patches = self.layer.patches(x)
+        patches, constant = self.layer.patches(x), self.layer.constant_patches(x)
+        patches = patches if constant is None else patches + constant
         w_scale, k_scale = self.scales
         positions = self.layer.outputs // self.layer.filters
         filters = units // positions

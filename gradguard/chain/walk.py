@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 
 from gradguard.chain import links
 from gradguard.chain.activation import Shape
 from gradguard.chain.residual import folded
+from gradguard.chain.rewiring import Rewire, rewired
 from gradguard.chain.sequence import Chain, Graph, all_parameters
 from gradguard.chain.steps import (
     Affine,
@@ -30,9 +32,12 @@ from gradguard.functional.loss_gradient import LossGradient
 from gradguard.functional.remembered import remembered
 
 _WAY_OUT = (
-    "R-GAP walks Linear, Conv2d, elementwise activations, batch normalisation in eval mode, average pooling and "
-    "reshapes, one after another; attack other models by gradient matching."
+    "R-GAP walks Linear, Conv2d, elementwise activations, batch normalisation in eval mode, average pooling, reshapes, "
+    "padding and normalisation by constants, one after another; attack other models by gradient matching."
 )
+
+#: Where wrappers keep the module.
+_WRAPPED = ("_orig_mod", "module", "_forward_module", "_original_module")
 
 
 def walk(gradient: LossGradient, input_shape: Sequence[int], *, residual: bool = False) -> Chain:
@@ -117,20 +122,25 @@ class _Walker:
         self.branches, self.maxima = branches, maxima
         self.model = gradient.model
         # A model that is one layer has no submodule to call; fx would trace into the layer itself.
-        self.single = fx.Tracer().is_leaf_module(self.model, "")
-        self.root = nn.Sequential(self.model) if self.single else self.model
+        body = unwrapped(self.model)
+        self.single = fx.Tracer().is_leaf_module(body, "")
+        self.root = nn.Sequential(body) if self.single else body
         self.input_shape = input_shape
+        self.constants = all_parameters(gradient.with_dtype(torch.float64))
         self.names = {id(p): n for n, p in (*self.model.named_parameters(), *self.model.named_buffers())}
         self.owners: dict[str, str] = {}
+        self.trained: set[fx.Node] = set()  # values that depend on trained parameters alone
         self.found: list[Step | MaxPool | Sum] = []
         self.sources: list[tuple[int, ...]] = []
         self.places: dict[fx.Node, int] = {}  # the step that a node's value comes from, -1 for the input
         self.values: dict[fx.Node, Any] = {}
         self.current: fx.Node | None = None
+        self._before: tuple[int, ...] | None = None  # the sources of a step that the next one takes in
 
     def steps(self) -> tuple[Step | MaxPool | Sum, ...]:
         """Every step, first to last."""
         self._walk()
+        self._check_end()
         if not any(isinstance(step, Affine) for step in self.found):
             raise UnsupportedModelError(f"{_name(self.model)} has no Linear or Conv2d layer. {_WAY_OUT}")
         return tuple(self.found)
@@ -140,7 +150,7 @@ class _Walker:
             if node.op == "placeholder":
                 self._placeholder(node)
             elif node.op == "get_attr":
-                self.values[node] = operator.attrgetter(str(node.target))(self.root)
+                self.values[node] = self._attribute(node)
             elif node.op != "output":
                 self._call(node)
             elif node.args[0] is not self.current:
@@ -148,19 +158,46 @@ class _Walker:
                     f"{_name(self.model)} returns something else than the value of its last layer. {_WAY_OUT}"
                 )
 
+    def _attribute(self, node: fx.Node) -> Any:
+        """What `forward` reads off a module: in float64, as the model is computed, if it is a parameter or buffer."""
+        value = operator.attrgetter(str(node.target))(self.root)
+        name = self.names.get(id(value))
+        if name is None:
+            return value
+        if isinstance(value, nn.Parameter) and value.requires_grad:
+            self.trained.add(node)
+        return self.constants[name]
+
+    def _check_end(self) -> None:
+        """Raises `UnsupportedModelError` for values that are scaled or moved behind the last layer."""
+        for step in reversed(self.found):
+            if isinstance(step, Affine):
+                break
+            if isinstance(step, Rewire):
+                raise UnsupportedModelError(
+                    f"{step.name!r} ({step.kind}) scales or moves values behind the last layer. Leave it to the loss. "
+                    f"{_WAY_OUT}"
+                )
+
     def _placeholder(self, node: fx.Node) -> None:
         if self.current is None:
             self.current, self.places[node] = node, -1
-            self.values[node] = torch.empty(2, *self.input_shape, device="meta")
+            self.values[node] = self._meta(self.input_shape)
         elif node.args:
             self.values[node] = node.args[0]
         else:
             raise UnsupportedModelError(f"{_name(self.model)} takes more than one input ({node.target!r}). {_WAY_OUT}")
 
     def _call(self, node: fx.Node) -> None:
-        sources = [n for n in node.all_input_nodes if isinstance(self.values[n], Tensor)]
+        sources = [n for n in node.all_input_nodes if n in self.places]
+        if node.op == "call_method" and node.target in links.LIKE_METHODS and self._constant_like(node):
+            return
         if not sources or _is_shape_query(node):
             self.values[node] = self._evaluate(node)
+            if _attribute_of(node) == "device":
+                self.values[node] = self.gradient.device  # values here are on the meta device
+            if self.trained & set(node.all_input_nodes):
+                self.trained.add(node)
             return
         if self.branches and len(sources) == 2 and node.target in links.ADD_CALLS:
             self._add(Sum(name=self._path(node), input_shape=self._shape, output_shape=self._sum_shape(node)), node)
@@ -176,7 +213,7 @@ class _Walker:
         if step is not None:
             if isinstance(step, Affine):
                 self._check_no_tail(step)
-            self._add(step, node)
+            self._add(self._merged(step, node), node)
         else:
             self.values[node], self.places[node] = self.values[sources[0]], self.places[sources[0]]
             self.current = node
@@ -184,9 +221,53 @@ class _Walker:
     def _add(self, step: Step | MaxPool | Sum, node: fx.Node) -> None:
         """`step` computes the value of `node`."""
         self.found.append(step)
-        self.sources.append(tuple(self.places[n] for n in node.all_input_nodes if n in self.places))
-        self.values[node] = torch.empty(2, *step.output_shape, device="meta")
+        sources = tuple(self.places[n] for n in node.all_input_nodes if n in self.places)
+        self.sources.append(sources if self._before is None else self._before)
+        self._before = None
+        self.values[node] = self._meta(step.output_shape)
         self.places[node], self.current = len(self.found) - 1, node
+
+    def _constant_like(self, node: fx.Node) -> bool:
+        """Take in a constant of the kind of the chain's value, `mean.to(x)` or `x.new_tensor(mean)`, if it is one."""
+        first, *others = node.args
+        if isinstance(first, fx.Node) and first in self.places:
+            if not str(node.target).startswith("new_"):
+                return False
+            like = torch.zeros((), dtype=torch.float64, device=self.gradient.device)
+            args, kwargs = fx.node.map_arg((tuple(others), node.kwargs), lambda n: self.values[n])
+            self.values[node] = getattr(like, str(node.target))(*args, **kwargs)
+            return True
+        if any(n in self.places for n in node.all_input_nodes):
+            self.values[node] = self.values[first].to(torch.float64)
+            return True
+        return False
+
+    def _merged(self, step: Step | MaxPool, node: fx.Node) -> Step | MaxPool:
+        """`step` with a rewiring right before it taken in: two of them as one, padding as part of a convolution."""
+        (source,) = (n for n in node.all_input_nodes if n in self.places)
+        place = self.places[source]
+        before = self.found[place] if place >= 0 else None
+        if not isinstance(before, Rewire) or place < len(self.found) - 1 or not self._used_once(place):
+            return step
+        if isinstance(step, Rewire):
+            self.found.pop()
+            self._before = self.sources.pop()
+            return step.after(before)
+        apart = before.as_padding() if isinstance(step, Affine) and step.kind == "Conv2d" else None
+        if apart is None or not isinstance(step, Affine):
+            return step
+        scale, padding = apart
+        if scale is None:
+            self.found.pop()
+            self._before = self.sources.pop()
+        else:
+            self.found[place] = scale
+        return replace(step, input_shape=before.input_shape, before=padding)
+
+    def _used_once(self, place: int) -> bool:
+        """Whether the value of step `place` goes one way only; what asks for its shape does not count."""
+        names = [n for n, p in self.places.items() if p == place]
+        return all(sum(not _is_shape_query(user) for user in n.users) <= 1 for n in names)
 
     def _sum_shape(self, node: fx.Node) -> Shape:
         value = self._evaluate(node)
@@ -227,7 +308,7 @@ class _Walker:
             if not module.training or module.p == 0 or self.gradient.train_mode == "eval":
                 return None
             raise self._refusal(node, "is in training mode and drops values at random. Call `model.eval()` first")
-        raise self._refusal(node, links.why_refused(module))
+        return self._rewired(node, module, links.why_refused(module))
 
     def _function_step(self, node: fx.Node) -> Step | MaxPool | None:
         target = node.target
@@ -245,7 +326,33 @@ class _Walker:
             if options.get("training", True) is False or options.get("p", 0.5) == 0:
                 return None
             raise self._refusal(node, "drops values at random. Call `model.eval()` first")
-        raise self._refusal(node, links.REFUSED_CALLS.get(target))
+        return self._rewired(node, self._call_alone(node), links.REFUSED_CALLS.get(target))
+
+    def _rewired(self, node: fx.Node, function: Any, why: str | None) -> Rewire:
+        """A step that only scales, shifts and moves values, if that is what `function` of a batch does.
+
+        `why`: what is said of it otherwise.
+        """
+        trained = self.trained & set(node.all_input_nodes)
+        if isinstance(function, nn.Module):
+            trained = trained or any(True for _ in function.parameters())
+            function = self._pure(function)
+        elif why is not None and node.target not in links.ADD_CALLS:
+            raise self._refusal(node, why)
+        if trained:
+            raise self._refusal(
+                node, why or "computes with a trained parameter outside of a layer. Use nn.BatchNorm2d for that"
+            )
+        kind = _name(self._module(node)) if node.op == "call_module" else _call_name(node)
+        step = rewired(function, self._path(node), kind, self._shape, self.gradient.device)
+        if isinstance(step, str):
+            raise self._refusal(node, why or f"is no link of a chain of layers: it {step}")
+        return step
+
+    def _pure(self, module: nn.Module) -> Any:
+        """`module` in float64 as a function of a batch; nothing in it changes."""
+        buffers = {n: self.constants[self.names[id(b)]].clone() for n, b in module.named_buffers()}
+        return lambda x: functional_call(module, buffers, (x,))
 
     def _build(self, node: fx.Node, builder: Any, *args: Any, **kwargs: Any) -> Any:
         """`builder` with the arguments of the call after the first, which is the chain's value."""
@@ -320,13 +427,18 @@ class _Walker:
         return MeanPool(**common, function=function, input_shape=self._shape, output_shape=shape, disjoint=disjoint)
 
     def _call_alone(self, node: fx.Node) -> Any:
-        """The call as a function of its first argument, the others as they were given."""
-        args, kwargs = fx.node.map_arg((node.args[1:], node.kwargs), lambda n: self.values[n])
-        kwargs = {n: v for n, v in kwargs.items() if n != "input"}
-        if node.op == "call_method":
-            return lambda x: getattr(x, str(node.target))(*args, **kwargs)
-        target: Any = node.target
-        return lambda x: target(x, *args, **kwargs)
+        """The call as a function of the chain's value, with everything else as it was given."""
+
+        def function(x: Tensor) -> Any:
+            args, kwargs = fx.node.map_arg(
+                (node.args, node.kwargs), lambda n: x.clone() if n in self.places else self.values[n]
+            )
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            target: Any = node.target
+            return target(*args, **kwargs)
+
+        return function
 
     def _linear(self, name: str, module: nn.Linear) -> Affine:
         if self._shape != (module.in_features,):
@@ -410,6 +522,10 @@ class _Walker:
         assert self.current is not None
         return tuple(self.values[self.current].shape[1:])
 
+    @staticmethod
+    def _meta(shape: Shape) -> Tensor:
+        return torch.empty(2, *shape, device="meta", dtype=torch.float64)
+
     def _module(self, node: fx.Node) -> nn.Module:
         return self.root.get_submodule(str(node.target))
 
@@ -424,7 +540,7 @@ class _Walker:
     def _path(self, node: fx.Node) -> str:
         """The module's path in the model; for a call in a `forward`, the path of that module and the call's name."""
         if node.op == "call_module":
-            return _name(self.model) if self.single else str(node.target)
+            return _name(unwrapped(self.model)) if self.single else str(node.target)
         stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
         return f"{stack[-1]}.{node.name}" if stack and stack[-1] else node.name
 
@@ -436,20 +552,66 @@ class _Walker:
         return UnsupportedModelError(f"{subject} {why or 'is no link of a chain of layers'}. {_WAY_OUT}")
 
 
+class _Tracer(fx.Tracer):
+    """Does not look into `opaque` modules."""
+
+    def __init__(self, opaque: tuple[nn.Module, ...] = ()) -> None:
+        super().__init__()
+        self.opaque = opaque
+
+    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
+        return any(module is m for m in self.opaque) or super().is_leaf_module(module, path)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Through wrappers and compiled calls to the module that was written."""
+        inner = unwrapped(m)
+        compiled = getattr(inner, "_compiled_call_impl", None) is not None
+        return super().call_module(inner, inner.forward if compiled or inner is not m else forward, args, kwargs)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of `torch.compile`, `nn.DataParallel` and their like: one child, under a name of theirs."""
+    while True:
+        children = dict(module.named_children())
+        name = next((n for n in _WRAPPED if n in children), None)
+        if name is None or not _wraps(module):
+            return module
+        module = children[name]
+
+
+def _wraps(module: nn.Module) -> bool:
+    kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return isinstance(module, kinds) or type(module).__name__ in ("OptimizedModule", "_FabricModule")
+
+
+def _traced(root: nn.Module, model: nn.Module) -> fx.Graph:
+    """The trace; modules without parameters that cannot be followed are calls, judged by what they do."""
+    opaque = tuple(m for m in model.modules() if m is not model and not any(True for _ in m.parameters()))
+    try:
+        return _Tracer().trace(root)
+    except Exception as error:  # a forward may raise anything on a symbolic input
+        try:
+            return _Tracer(opaque).trace(root)
+        except Exception:
+            raise UnsupportedModelError(
+                f"The `forward` of {_name(model)} cannot be traced: it depends on the values of its input, or does "
+                f"what torch.fx cannot follow ({type(error).__name__}: {error}). Write the model as nn.Sequential, or "
+                "attack by gradient matching."
+            ) from error
+
+
 def _nodes(root: nn.Module, model: nn.Module) -> list[fx.Node]:
     """The nodes of the trace that the output depends on, in order."""
-    try:
-        graph = fx.Tracer().trace(root)
-    except Exception as error:  # a forward may raise anything on a symbolic input
-        raise UnsupportedModelError(
-            f"The `forward` of {_name(model)} cannot be traced: it depends on the values of its input, or does what "
-            f"torch.fx cannot follow ({type(error).__name__}: {error}). Write the model as nn.Sequential."
-        ) from error
+    graph = _traced(root, model)
     used: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op in ("placeholder", "output") or node in used:
             used |= {node, *node.all_input_nodes}
     return [n for n in graph.nodes if n in used]
+
+
+def _attribute_of(node: fx.Node) -> Any:
+    return node.args[1] if node.op == "call_function" and node.target is getattr else None
 
 
 def _is_shape_query(node: fx.Node) -> bool:

@@ -168,8 +168,9 @@ class ConstraintRank:
         k = self.layer.rows(self.k)[0].numpy()
         matrix = np.zeros((self.filters, taps, self.size))
         for tap in range(taps):
-            inside = self.pixels[tap] >= 0  # a tap meets a pixel at one position at most
-            matrix[:, tap, self.pixels[tap][inside]] = k[:, inside]
+            inside = self.pixels[tap] >= 0
+            # A tap meets a pixel at one position, and at several where padding repeats it.
+            np.add.at(matrix[:, tap].T, self.pixels[tap][inside], k[:, inside].T)
         return matrix.reshape(-1, self.size)
 
 

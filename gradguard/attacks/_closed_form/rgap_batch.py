@@ -2,8 +2,9 @@
 
 The gradient of a linear layer is `sum_r k_r x_r^T`, of rank one for one example only, so the recursion on a batch gives
 a combination of its examples (Zhu & Blaschko 2021, section 3). A unit that one example alone activates (ReLU) still has
-that example's rank-one row: `grad W_i / grad b_i = x_r`, exactly. Which units those are shows without knowing any
-example: those of one example all have the same ratio, and mixed ones each their own.
+that example's rank-one row: `grad W_i / grad b_i = x_r`, exactly. Those of one example all have the same ratio. Mixed
+ones have each their own if the signals of the examples differ in direction, and one in common if they do not, so a
+group that agrees is a candidate, and `batch_proof` says which candidates are examples.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradguard.attacks._closed_form.batch_proof import BatchProof
 from gradguard.attacks._closed_form.heads import bias_head
-from gradguard.chain import Affine, Chain, Reshape
+from gradguard.chain import Affine, Chain
 from gradguard.errors import InputError
 from gradguard.threats.observation import Observation
 
@@ -28,13 +30,13 @@ _DEAD = 1e-6
 
 @dataclass(frozen=True)
 class Examples:
-    """What a first layer gives away. `exact`: `(m, n)`; `units`: how many units agree on each, int64 `(m,)`.
+    """What a first layer gives away. `candidates`: `(m, n)`; `groups`: the units that agree on each, bool `(m, F)`.
 
     `combination`: `(n,)`, what explains the gradient of the other units best; `None` if no unit is left.
     """
 
-    exact: Tensor
-    units: Tensor
+    candidates: Tensor
+    groups: Tensor
     combination: Tensor | None
 
 
@@ -49,38 +51,69 @@ def check_batch(observation: Observation, chain: Chain) -> None:
 
 
 def first_layer(observation: Observation, chain: Chain) -> Affine | None:
-    """The layer whose units' ratios are examples: a linear one on the input itself, with gradients of weight and bias.
-
-    `None` if there is none, or if a single output lies above it: every unit's `k` is then the same up to a factor, and
-    units that share two examples agree as those of one do.
-    """
+    """The layer whose units' ratios may be examples: a linear one on the inputs, with gradients of weight and bias."""
     layer, sent = chain.layers[0], observation.sent
-    direct = all(isinstance(step, Reshape) for step in chain.steps[: chain.affine_indices[0]])
     told = layer.bias is not None and layer.weight in sent and bool(sent.get(layer.bias, torch.zeros(1)).any())
-    alone = len(chain.layers) > 1 and chain.layers[1].filters < 2
-    return layer if direct and told and not alone else None
+    return layer if chain.moves and told else None
 
 
 def examples(weight_gradient: Tensor, bias_gradient: Tensor, count: int) -> Examples:
-    """At most `count` examples on which three or more units agree, those with most units first.
+    """At most `count` candidates on which three or more units agree, those with most units first.
 
     `weight_gradient`: `(F, n)`; `bias_gradient`: `(F,)`.
     """
     alive = bias_gradient.abs() > _DEAD * bias_gradient.abs().max()
-    weight_gradient, bias_gradient = weight_gradient[alive], bias_gradient[alive]
-    ratios = weight_gradient / bias_gradient[:, None]
+    ratios = weight_gradient / torch.where(alive, bias_gradient, 1.0)[:, None]
     size = torch.linalg.vector_norm(ratios, dim=1)
-    agree = torch.cdist(ratios, ratios) <= _SAME * torch.maximum(size[:, None], size)
-    left = torch.ones_like(size, dtype=torch.bool)
-    exact, units = [], []
+    agree = (torch.cdist(ratios, ratios) <= _SAME * torch.maximum(size[:, None], size)) & alive
+    left = alive.clone()
+    found, groups = [], []
     for _ in range(count):
         votes = (agree & left).sum(1) * left
-        if not len(votes) or int(votes.max()) < _LEAST:
+        if int(votes.max()) < _LEAST:
             break
         group = agree[votes.argmax()] & left
-        exact.append(bias_head(weight_gradient[group], bias_gradient[group]).x)
-        units.append(int(group.sum()))
+        found.append(bias_head(weight_gradient[group], bias_gradient[group]).x)
+        groups.append(group)
         left &= ~group
     rest = bias_head(weight_gradient[left], bias_gradient[left]).x if bool(left.any()) else None
-    found = torch.stack(exact) if exact else ratios[:0]
-    return Examples(found, torch.tensor(units, dtype=torch.int64), rest)
+    candidates, members = (torch.stack(found), torch.stack(groups)) if found else (ratios[:0], left[None][:0])
+    return Examples(candidates, members, rest)
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """Candidates, those that are proved first. `proved`: how many; `units`: as many per candidate, int64 `(m,)`.
+
+    `labels`: of the whole batch, if all of it is proved.
+    """
+
+    inputs: Tensor
+    proved: int
+    units: Tensor
+    labels: Tensor | None
+
+
+def recovered(observation: Observation, chain: Chain, found: Examples) -> Recovered:
+    """What `found` proves of a batch whose first layer is as `first_layer` asks."""
+    proof = BatchProof(observation, chain, chain.affine_indices[0])
+    sent = proof.observation.sent
+    weight, bias = sent[proof.layer.weight], sent[str(proof.layer.bias)]
+    explained = [proof.explained(x, group, bias) for x, group in zip(found.candidates, found.groups, strict=True)]
+    count, units = observation.batch_size, found.groups.sum(1)
+    if len(explained) == count and proof.targets is not None:
+        inputs = chain.undone(found.candidates)
+        labels = proof.targets[torch.tensor([e.label for e in explained], device=bias.device)]
+        rank = proof.rank(torch.cat([weight, bias[:, None]], dim=1))
+        alike = proof.labels is None or torch.equal(_sorted(labels), _sorted(proof.labels))
+        if rank == count and alike and proof.observation.matching_loss(inputs, labels) <= proof.rounding:
+            return Recovered(found.candidates, count, units, labels)
+    order = sorted(range(len(explained)), key=lambda i: not explained[i].proved)
+    return Recovered(found.candidates[order], sum(e.proved for e in explained), units[order], None)
+
+
+def _sorted(labels: Tensor) -> Tensor:
+    """The rows of `labels` in an order that does not depend on theirs."""
+    rows = labels.reshape(len(labels), -1)
+    values, places = torch.unique(rows, dim=0, return_inverse=True)
+    return values[places.sort().values]

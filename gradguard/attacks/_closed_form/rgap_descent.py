@@ -11,7 +11,7 @@ from torch import Tensor
 from gradguard.attacks._closed_form.heads import Head
 from gradguard.attacks._closed_form.rgap_layer import EXACT, LayerSolver, Sides, Solved
 from gradguard.attacks._closed_form.rgap_problem import Problem
-from gradguard.chain import Activation, Affine, ChannelScale, MeanPool, Reshape, Residual, Step
+from gradguard.chain import Activation, Affine, ChannelScale, LayerSystem, MeanPool, Reshape, Residual, Rewire, Step
 
 #: What is this many times the error away from a flat value is sure not to be it.
 _FLAT = 50
@@ -20,7 +20,8 @@ _FLAT = 50
 class Descent:
     """The way down from `head`: `x` and `k`, the loss's derivative by it, before the step that is reached.
 
-    `rows`: what the result says about each layer solved so far; `worst`: the largest relative residual among them.
+    `rows`: what the result says about each layer solved so far; `worst`: the largest relative residual among them;
+    `systems`: their equations, by name.
     """
 
     def __init__(self, problem: Problem, head: Head, solver: LayerSolver) -> None:
@@ -29,6 +30,7 @@ class Descent:
         self.x, self.k = head.x, problem.start.backward(head.k, problem.parameters)
         self.rows: list[dict[str, Any]] = []
         self.worst = 0.0
+        self.systems: list[tuple[str, LayerSystem]] = []
         self._sides: Sides | None = None
         self._known: Tensor | None = None  # which elements of `x` are, where a ReLU hides some of them
         self._looked: Solved | None = None
@@ -72,6 +74,7 @@ class Descent:
         if isinstance(step, Affine):
             solved = self._settled(step)
             self.x, self.k, self._looked = solved.x, step.backward(solved.k, parameters), None
+            self.systems.append((step.name, solved.system))
             self._add(solved.row)
         elif isinstance(step, MeanPool):
             self.x, row = self.solver.unpooled(step, self.x, self._known)
@@ -80,6 +83,8 @@ class Descent:
         elif isinstance(step, ChannelScale):
             self.x, self.k = step.inverse(self.x, parameters), step.backward(self.k, parameters)
             self._sides = self._sides and self._sides.through(step, parameters)
+        elif isinstance(step, Rewire):
+            self._pass_rewiring(step)
         elif isinstance(step, Activation):
             self._pass_activation(step)
         elif isinstance(step, Residual):
@@ -89,6 +94,12 @@ class Descent:
             self.x, self.k = self.x.reshape(step.input_shape), self.k.reshape(step.input_shape)
             self._known = None if self._known is None else self._known.reshape(step.input_shape)
             self._sides = self._sides and self._sides.through(step, parameters)
+
+    def _pass_rewiring(self, step: Rewire) -> None:
+        self.x, self.k = step.inverse(self.x, known=self._known), step.backward(self.k)
+        self._known = None if self._known is None else step.known(self._known)
+        # Of copies neither side is the other's; nothing is moved there.
+        self._sides = self._sides.rewired(step) if self._sides and step.one_to_one else None
 
     def _pass_residual(self, block: Residual) -> None:
         """The gradient of the branch's last layer gives that layer's input, hence the branch's value and the skip's."""
@@ -100,6 +111,7 @@ class Descent:
             k = k.reshape(step.input_shape) if isinstance(step, Reshape) else step.backward(k, parameters)
         weight, sent = parameters[layer.weight], self.problem.sent[layer.weight]
         solved = self.solver.from_gradient(layer, weight, sent, k)
+        self.systems.append((layer.name, solved.system))
         self._add(solved.row)
         k, self.x = self.k, self.x - block.along((layer, *after), solved.x, parameters)
         for step in reversed(block.skip):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradguard.chain import Activation, Affine, ChannelScale, LayerSystem, MeanPool, Reshape
+from gradguard.chain import Activation, Affine, ChannelScale, LayerSystem, MeanPool, Reshape, Rewire
 from gradguard.functional.vectors import Gradient
 from gradguard.linalg import LinearOperator
 from gradguard.linalg.cgls import cgls
@@ -33,6 +33,8 @@ _LEAST_SHARE = 0.1
 _NO_DAMPING = 1e-5
 #: Fewest degrees of freedom, as a share of the equations, that the noise is estimated from.
 _FREEDOM = 0.05
+#: Part of what one open unknown would leave of a random input that rounding may leave.
+_OPEN = 1e-2
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,15 @@ class Sides:
             z, k, distance = (v.reshape(step.input_shape) for v in (self.z, self.k, self.distance))
             return replace(self, z=z, k=k, distance=distance)
         return replace(self, z=step.inverse(self.z, parameters), k=step.backward(self.k, parameters))
+
+    def rewired(self, step: Rewire) -> Sides:
+        """The same before a one-to-one rewiring."""
+        return replace(
+            self,
+            z=step.inverse(self.z),
+            k=step.backward(self.k),
+            distance=_places(step, self.distance),
+        )
 
     def doubtful(self, error: float) -> Tensor:
         """Indices into the flat output of the units that a relative error of `error` may have put on this side."""
@@ -266,6 +277,13 @@ class LayerSolver:
         }
 
 
+def _places(step: Rewire, values: Tensor) -> Tensor:
+    """`values` of a one-to-one rewiring's outputs at its inputs, unscaled."""
+    moved = torch.empty_like(values.flatten())
+    moved[step.index.to(values.device)] = values.flatten()
+    return moved.reshape(step.input_shape)
+
+
 def _share(remainder: Tensor, of: Tensor) -> float:
     """How long `remainder` is, relative to `of`."""
     length = torch.linalg.vector_norm(of)
@@ -284,3 +302,32 @@ def natural_damping(solved: Solved) -> float:
     noise = solved.system.misfit(solved.x).square().sum() / freedom
     size = solved.x.square().mean()
     return float((noise / size).sqrt()) if size > 0 else 0.0
+
+
+def determines(system: LayerSystem, *, max_iterations: int) -> bool:
+    """Whether a layer's equations have one solution, at the accuracy they are solved with: not by count, by effect.
+
+    Duplicate filters, zero filters and pixels that no filter meets are equations by count only. A random input is
+    solved for from its own equations; of `n` unknowns a single one left open shows as `1 / sqrt(n)` of its length.
+    """
+    if (
+        system.layer.kind == "Linear"
+        and system.gradient_constraints
+        and system.scales[1] is not None
+        and bool(system.scales[1].any())
+    ):
+        return True  # grad W = k x^T, with a k that is not zero
+    operator = system.operator
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(1, operator.shape[2], generator=generator, dtype=torch.float64).to(operator.like)
+    with torch.inference_mode():
+        found = cgls(
+            operator,
+            operator.matvec(v),
+            column_lengths=system.column_lengths,
+            tolerance=1e-10,
+            max_iterations=max_iterations,
+            check_every=5,
+        )
+        missing = torch.linalg.vector_norm(found.solution - v)
+        return bool(missing < _OPEN * torch.linalg.vector_norm(v) / v.numel() ** 0.5)

@@ -23,24 +23,30 @@ from gradguard.attacks._closed_form.heads import (
     squared_error_heads,
     squared_error_targets,
 )
-from gradguard.chain import Affine, Residual, all_parameters, walk
+from gradguard.chain import Affine, LayerSystem, Residual, all_parameters, walk
 from gradguard.errors import InputError, UnsupportedModelError
 from gradguard.threats.observation import Observation
 
 #: A matching loss that only the truth reaches: the other candidates need not be tried. Gradients rounded to float32
 #: leave about 1e-13, a wrong candidate 1e-3 and more.
 PERFECT = 1e-10
+#: Share of a picture that may lie outside of the value range, as rounding leaves it there.
+_IN_RANGE = 1e-3
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate's picture `x`, the targets it assumes or implies, its matching loss and its report's rows."""
+    """A candidate's picture `x`, the targets it assumes or implies, its matching loss and its report's rows.
+
+    `systems`: the equations of the layers that were solved, by name, last layer first.
+    """
 
     loss: float
     x: Tensor
     targets: Tensor | None
     head: Head
     rows: list[dict[str, Any]]
+    systems: tuple[tuple[str, LayerSystem], ...] = ()
 
 
 class Problem:
@@ -85,13 +91,15 @@ class Problem:
             return squared_error_heads(weight, weight_gradient, targets)
         return softmax_heads(weight, weight_gradient, self.labels)
 
-    def trial(self, x: Tensor, head: Head, rows: list[dict[str, Any]]) -> Trial:
+    def trial(
+        self, x: Tensor, head: Head, rows: list[dict[str, Any]], systems: tuple[tuple[str, LayerSystem], ...] = ()
+    ) -> Trial:
         """`x` as a candidate, with its matching loss (`nan` if the loss's targets are unknown)."""
         targets = self._targets(x, head)
         loss = math.nan if targets is None else self.observation.matching_loss(x[None], targets)
         if targets is not None and math.isnan(loss):
             loss = math.inf  # an overflow; nan would win every comparison
-        return Trial(loss, x, targets, head, rows)
+        return Trial(loss, x, targets, head, rows, systems)
 
     def choose(self, found: list[Trial]) -> tuple[Trial, int]:
         """The candidate with the lowest matching loss, and how many others match as well.
@@ -102,9 +110,32 @@ class Problem:
         """
         if len(found) == 1:
             return found[0], 0
-        lowest = min(trial.loss for trial in found)
-        equals = [trial for trial in found if trial.loss <= 10 * lowest + PERFECT]
+        equals = _equals(found)
         return min(equals, key=self._implausibility), len(equals) - 1
+
+    def unproved(self, best: Trial, found: list[Trial], open_layers: list[str], tolerance: float) -> list[str]:
+        """Why `best` may be another input than the one whose gradient was sent, in sentences; empty if it cannot.
+
+        `open_layers`: those whose equations do not determine their input, although they are enough by count;
+        `tolerance`: of the attack.
+        """
+        reasons = []
+        if open_layers:
+            names = ", ".join(map(repr, open_layers))
+            reasons.append(f"The equations of {names} are enough by count, and do not determine the layer's input.")
+        if best.loss > max(tolerance**2, PERFECT):
+            reasons.append(f"The gradient of what was found is not the one sent (matching loss {best.loss:.1e}).")
+        others = [trial for trial in _equals(found) if trial is not best] if len(found) > 1 else []
+        if any(self._implausibility(trial)[0] <= _IN_RANGE for trial in others):
+            reasons.append("Another valid input has the same gradient.")
+        if self.kind == "squared" and self.labels is None and self._homogeneous(best.x):
+            reasons.append("The target is a guess, and with another one a multiple of the input has the same gradient.")
+        return reasons
+
+    def _homogeneous(self, x: Tensor) -> bool:
+        """Whether twice the input is twice the start's input."""
+        once, twice = (self.chain(v, self.parameters, stop=self.start_index) for v in (x, 2 * x))
+        return bool(torch.linalg.vector_norm(twice - 2 * once) <= 1e-6 * torch.linalg.vector_norm(twice))
 
     def _implausibility(self, trial: Trial) -> tuple[float, float]:
         size = float(torch.linalg.vector_norm(trial.x))
@@ -112,7 +143,7 @@ class Problem:
             return 0.0, size
         low, high = self.observation.value_range
         excess = float(torch.linalg.vector_norm(trial.x - trial.x.clamp(low, high)))
-        return max(excess / size if size else 0.0, 1e-3), -size
+        return max(excess / size if size else 0.0, _IN_RANGE), -size
 
     def _targets(self, x: Tensor, head: Head) -> Tensor | None:
         """What the loss was given: known, assumed by the candidate, or read off the outputs' gradient at `x`."""
@@ -187,3 +218,9 @@ class Problem:
             "the targets in the outputs' shape), whose equations are known. With a "
             "bias in this layer any loss works; otherwise attack by gradient matching."
         )
+
+
+def _equals(found: list[Trial]) -> list[Trial]:
+    """The candidates that match as well as the best one."""
+    lowest = min(trial.loss for trial in found)
+    return [trial for trial in found if trial.loss <= 10 * lowest + PERFECT]

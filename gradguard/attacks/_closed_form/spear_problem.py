@@ -18,8 +18,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.func import grad, vmap
 
+from gradguard.attacks._closed_form.batch_proof import BatchProof
 from gradguard.attacks._closed_form.sparse_columns import SparseColumns
-from gradguard.chain import Activation, Affine, Chain, Reshape, all_parameters, walk
+from gradguard.chain import Activation, Affine, Chain, Reshape, Rewire, all_parameters, walk
 from gradguard.errors import InputError, UnsupportedModelError
 from gradguard.threats.observation import Observation
 
@@ -27,6 +28,8 @@ from gradguard.threats.observation import Observation
 _LARGEST, _GRID, _ZOOMS = 3.0, 97, 22
 #: Of the candidates for an example's label, so many are looked at more closely.
 _LIKELY = 3
+#: Relative distance of two signals that are the same.
+_TWIN = 1e-6
 _WAY_OUT = "Attack other models by gradient matching."
 
 
@@ -52,7 +55,7 @@ class Disaggregation:
     """
 
     def __init__(self, observation: Observation) -> None:
-        self.observation = observation.in_dtype(torch.float64)
+        self.seen, self.observation = observation, observation.in_dtype(torch.float64)
         self.function = self.observation.loss_gradient
         self.chain = walk(self.function, observation.input_shape)
         self.parameters = all_parameters(self.function)
@@ -90,6 +93,64 @@ class Disaggregation:
     def score(self, columns: SparseColumns) -> float:
         """The share of signs of `z` that agree with the zeros of `K` (Dimitrov et al. 2024), in [0, 1]."""
         return self._disaggregated(columns)[2]
+
+    def unproved(self, found: Disaggregated) -> list[str]:
+        """Why a batch that has the sent gradient may be another one, in sentences; empty if it cannot.
+
+        Copies are one direction of the gradient for several examples, which different examples with proportional
+        signals leave as well; and without a bias an example's scale may have more than one solution.
+        """
+        reasons = []
+        inputs = found.inputs
+        if found.copies:
+            proof = BatchProof(self.seen, self.chain, self.index)
+            if not proof.copies_proved(inputs, found.labels, found.loss):
+                reasons.append(
+                    f"The gradient tells {len(inputs) - found.copies} of {len(inputs)} examples apart; the others may "
+                    "be copies, or different examples whose combinations are returned."
+                )
+        if (
+            not self.has_bias
+            and found.labels is not None
+            and self._has_twin(self._rows(inputs), self.function.cast(found.labels))
+        ):
+            reasons.append("With another scale or label an example has the same gradient.")
+        return reasons
+
+    def _rows(self, inputs: Tensor) -> Tensor:
+        """The first layer's inputs."""
+        return torch.stack([self.chain(x, self.parameters, stop=self.index).flatten() for x in inputs])
+
+    def _has_twin(self, x: Tensor, labels: Tensor) -> bool:
+        """Whether, for an example of `x` `(B, n)`, another factor and some label give the gradient that 1 gives."""
+        targets, _ = self._targets(x)
+        if targets is None:
+            return False
+        grid = torch.linspace(-_LARGEST, _LARGEST, 4 * _GRID - 3, dtype=x.dtype, device=x.device)
+
+        def signal(factors: Tensor, example: Tensor) -> Tensor:
+            """`scale k(scale x)` for each target `(Y, g, m)`."""
+            z = self._z(10 ** factors[:, None] * example).expand(len(targets), -1, -1)
+            wide = targets[:, None].expand(*z.shape[:2], *targets.shape[1:])
+            own = vmap(grad(self._loss))(z.flatten(0, 1), wide.flatten(0, 1)).unflatten(0, z.shape[:2])
+            return own * 10 ** factors[:, None]
+
+        for example, label in zip(x, labels, strict=True):
+            which = int((targets == label).reshape(len(targets), -1).all(1).to(torch.int64).argmax())
+            own = signal(grid.new_zeros(1), example)[which, 0]
+            size = torch.linalg.vector_norm(own).clamp_min(torch.finfo(x.dtype).tiny)
+            misses = torch.linalg.vector_norm(signal(grid, example) - own, dim=-1) / size
+            lowest = (misses[:, 1:-1] <= misses[:, :-2]) & (misses[:, 1:-1] <= misses[:, 2:])
+            away = grid[1:-1].abs() > 2 * float(grid[1] - grid[0])
+            for target, place in torch.nonzero(lowest & away).tolist():
+                centre, width = grid[place + 1], grid[1] - grid[0]
+                for _ in range(_ZOOMS):
+                    closer = centre + width * torch.linspace(-1, 1, 9, dtype=x.dtype, device=x.device)
+                    near = torch.linalg.vector_norm(signal(closer, example)[target] - own, dim=-1) / size
+                    centre, width = closer[near.argmin()], width / 4
+                if float(near.min()) < _TWIN:
+                    return True
+        return False
 
     def _disaggregated(self, columns: SparseColumns) -> tuple[Tensor, Tensor, float]:
         """`x` `(b, n)` and `K^T` `(b, m)` up to the examples' scales where there is no bias, and the score."""
@@ -212,7 +273,7 @@ class Disaggregation:
             own = own[order]
             choice = best[own]
             found = targets[choice // most]
-        inputs = (x[own] * scales[own].gather(1, choice[:, None])).reshape(count, *self.observation.input_shape)
+        inputs = self.chain.undone(x[own] * scales[own].gather(1, choice[:, None]))
         loss = math.nan if found is None else self.observation.matching_loss(inputs, found)
         return Disaggregated(inputs, found, loss, score, count - len(x))
 
@@ -221,7 +282,7 @@ def _first_layer(chain: Chain) -> tuple[int, Affine]:
     """The linear layer on the inputs, and where it is in the chain, once a ReLU follows it."""
     index = chain.affine_indices[0]
     layer = chain.layers[0]
-    before = next((s for s in chain.steps[:index] if not isinstance(s, Reshape)), None)
+    before = next((s for s in chain.steps[:index] if not isinstance(s, Reshape | Rewire)), None)
     if layer.kind != "Linear" or before is not None:
         first = layer if before is None else before
         raise UnsupportedModelError(
