@@ -324,7 +324,7 @@ class Guard:
         return key.argsort()[: self.threat.max_attacked].tolist()
 
     def _judged_measures(
-        self, jacobian: InputJacobian, true: Gradient, sent: Gradient, verify: bool, generator: torch.Generator | None
+        self, jacobian: InputJacobian, true: Gradient, sent: Gradient, verify: bool, generator: torch.Generator
     ) -> dict[str, float]:
         """The numbers that a policy judges, of the worst example and the best attack."""
         found = self.measure(jacobian, true, sent, generator=generator)

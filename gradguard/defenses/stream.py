@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradguard.errors import InputError, SeededNoiseWarning
+from gradguard.errors import InputError
 
 #: Bytes of a key.
 KEY_BYTES = 32
 #: Normal numbers made at once: 2 MiB of key stream, which stay in a core's cache.
 CHUNK = 2**18
-#: What `from_seed` says; defenses say the same of a seeded generator.
+#: What is said wherever noise is given a seed.
 SEEDED = (
     "the noise comes from a seed: whoever knows the seed, or tries them all, can subtract it from what is sent. A seed "
     "is for tests and benchmarks; leave it out and the noise is secret."
@@ -69,26 +69,9 @@ class NoiseStream:
         if start < 0:
             raise InputError(f"`start` must be at least 0, got {start}.")
         self.secure = secure
-        self.seeded = False
         self._own = key is None
         self._set_key(secrets.token_bytes(KEY_BYTES) if key is None else bytes(key), run)
         self._next = start
-
-    @classmethod
-    def from_seed(cls, seed: int, *, secure: bool = False) -> NoiseStream:
-        """A reproducible stream, for tests and benchmarks. Warns with `SeededNoiseWarning`.
-
-        Args:
-            seed: any whole number.
-            secure: see the class.
-
-        Returns:
-            The same stream for the same seed.
-        """
-        warnings.warn(SEEDED[0].upper() + SEEDED[1:], SeededNoiseWarning, stacklevel=2)
-        stream = cls(hashlib.blake2b(str(int(seed)).encode(), digest_size=KEY_BYTES, person=b"gradguard seed").digest())
-        stream.seeded, stream.secure = True, secure
-        return stream
 
     @property
     def round(self) -> int:
@@ -155,7 +138,7 @@ class NoiseStream:
 
     def _leave_a_forked_stream(self) -> None:
         """After a fork parent and child hold one key and one counter: the child takes a new key."""
-        if self._pid == os.getpid() or self.seeded:
+        if self._pid == os.getpid():
             return
         if not self._own:
             warnings.warn("A forked process does not go on with the noise stream of its parent's key.", stacklevel=3)
@@ -163,15 +146,12 @@ class NoiseStream:
         self._own = True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.seeded:
-            return _seeded_again, (self._key, self._next, self.secure)
         if not self._own:
             warnings.warn("A copy of a noise stream does not hold its key: it begins a new stream.", stacklevel=2)
         return _begun_anew, (self.secure,)
 
     def __repr__(self) -> str:
-        kind = "seeded" if self.seeded else "secret"
-        return f"NoiseStream({kind}, round={self._next}{', secure' if self.secure else ''})"
+        return f"NoiseStream(round={self._next}{', secure=True' if self.secure else ''})"
 
 
 class MessageNoise(torch.Generator):
@@ -182,8 +162,8 @@ class MessageNoise(torch.Generator):
     hundred numbers of it. Use `gradguard.defenses.randn` in a defense of your own.
     """
 
-    def __new__(cls, stream: NoiseStream, round: int, device: torch.device | str = "cpu") -> MessageNoise:
-        return super().__new__(cls, device=device)
+    def __new__(cls, stream: NoiseStream, round: int, device: torch.device | str = "cpu") -> MessageNoise:  # noqa: D102
+        return super().__new__(cls, device)  # type: ignore[call-arg]
 
     def __init__(self, stream: NoiseStream, round: int, device: torch.device | str = "cpu") -> None:
         self.round = round
@@ -267,9 +247,3 @@ def _normal(seed: bytes, count: int) -> Tensor:
 
 def _begun_anew(secure: bool) -> NoiseStream:
     return NoiseStream(secure=secure)
-
-
-def _seeded_again(key: bytes, start: int, secure: bool) -> NoiseStream:
-    stream = NoiseStream(start=start, secure=secure)
-    stream.seeded, stream._own, stream._key = True, False, key
-    return stream

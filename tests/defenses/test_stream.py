@@ -118,13 +118,14 @@ def test_pytorchs_generator_gets_a_whole_state_from_the_key():
 # ---------------------------------------------------------------------- keys
 
 
-def test_a_key_shows_nowhere(tmp_path):
+def test_a_key_shows_nowhere():
     stream = NoiseStream(KEY)
     for text in (repr(stream), stream.fingerprint, str(vars(stream.message()).keys())):
         assert KEY.hex() not in text
     with pytest.warns(UserWarning, match="does not hold its key"):
-        assert KEY not in pickle.dumps(stream)
-        assert stream._key not in pickle.dumps(stream)
+        pickled = pickle.dumps(stream)
+    assert KEY not in pickled
+    assert stream._key not in pickled
 
 
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
@@ -225,16 +226,11 @@ def test_protect_and_audit_leave_the_global_random_state_alone(convnet, cross_en
 
 
 def test_a_seeded_generator_is_reproducible_and_says_so(case):
-    gradient, jacobian = case
+    gradient, _ = case
     noise = GaussianNoise(noise_ratio=0.5)
     with pytest.warns(SeededNoiseWarning, match="the noise comes from a seed"):
         first, again = (noise(gradient, generator=torch.Generator().manual_seed(0)) for _ in range(2))
     assert torch.equal(flatten(first), flatten(again))
-    with pytest.warns(SeededNoiseWarning):
-        streams = [NoiseStream.from_seed(0) for _ in range(2)]
-    a, b = (flatten(noise(gradient, generator=s.message())) for s in streams)
-    assert torch.equal(a, b)
-    assert copy.deepcopy(streams[0]).fingerprint == streams[0].fingerprint  # no secret to keep
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         noise(gradient)
