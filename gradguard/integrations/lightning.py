@@ -199,10 +199,10 @@ class GradGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count, and say early if nothing is perturbed."""
-        if pl_module.automatic_optimization and outputs is None:
-            return
-        if not self._says_backward:
+        if not pl_module.automatic_optimization and not self._says_backward:
             self._window.add_current()  # `loss.backward()` of one's own: whether it ran cannot be seen
+        if self._window.current is not None:
+            return  # skipped
         self._seen += 1
         if self._seen == 10 * trainer.accumulate_grad_batches and self.steps == self._first_step:
             warnings.warn(f"gradguard has seen no optimiser step in {self._seen} batches.", stacklevel=2)
@@ -273,7 +273,8 @@ class GradGuard(Callback):
         self._window.stepped = True
         if not own or (not self._window.batches and not any(p.grad.any() for p in own)):
             return  # no backward since the last step: a skipped batch
-        self._window.add_current()
+        if not self._window.batches or not self._says_backward:
+            self._window.add_current()  # `loss.backward()` of one's own, which no hook tells of
         self._refuse_scaled(trainer, optimizer)
         if not all(p in self._waiting and self._waiting[p][0] == SentOnce.state(p) for p in own):
             scaler = getattr(trainer.precision_plugin, "scaler", None)
