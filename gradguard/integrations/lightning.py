@@ -205,7 +205,7 @@ class GradGuard(Callback):
             return  # skipped
         self._seen += 1
         if self._seen == 10 * trainer.accumulate_grad_batches and self.steps == self._first_step:
-            warnings.warn(f"gradguard has seen no optimiser step in {self._seen} batches.", stacklevel=2)
+            warnings.warn(f"gradguard has seen no optimiser step in {self._seen} batches.", stacklevel=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Account for what was perturbed. Raises `InputError` if nothing was."""
@@ -262,7 +262,7 @@ class GradGuard(Callback):
         warnings.warn(
             f"The checkpoint {held}: a new stream of noise begins. To go on with the stream of a training, give "
             "`GradGuard` the same `key` in both.",
-            stacklevel=2,
+            stacklevel=1,  # the caller is Lightning, whose warnings people turn off
         )
 
     # ------------------------------------------------------------------ inside
