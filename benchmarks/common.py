@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -38,7 +39,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from gradguard import SeededNoiseWarning
 from gradguard.zoo.pictures import Pictures, load_npz
+
+# A benchmark's noise comes from `--seed`, so that its numbers can be had again, and `environment` says so.
+warnings.simplefilter("ignore", SeededNoiseWarning)
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
@@ -249,6 +254,7 @@ def environment(options: argparse.Namespace, arguments: Sequence[str] | None = N
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "seed": options.seed,
+        "noise": "from the seed, unless the script says otherwise",
         "quick": options.quick,
         "real_images": options.data is not None,
     }

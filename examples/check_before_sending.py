@@ -10,7 +10,7 @@ from torch import nn
 
 import gradguard as gg
 from gradguard.attacks import DLG, RGAP
-from gradguard.defenses import PriorNoise
+from gradguard.defenses import NoiseStream, PriorNoise
 from gradguard.zoo.models import digits_convnet
 from gradguard.zoo.pictures import digits
 
@@ -28,12 +28,11 @@ def main() -> None:
         policy=gg.Policy(minimum_predicted_error=0.1, maximum_attacked_psnr=20.0),
         threat=gg.ThreatModel(max_attacked=1),
     )
-    noise = torch.Generator().manual_seed(0)  # one for the whole run: fresh noise in every round
+    stream = NoiseStream()  # secret noise: one key for the whole run, a round of it for each message
     for number in range(6):
         rows = slice(8 * number, 8 * number + 8)
-        sent, verdict = guard.protect(
-            model, loss_fn, pictures.images[rows], pictures.labels[rows], verify=number % 3 == 2, generator=noise
-        )
+        batch = pictures.images[rows], pictures.labels[rows]
+        sent, verdict = guard.protect(model, loss_fn, *batch, verify=number % 3 == 2, noise=stream.message())
         measures = ", ".join(f"{name} {value:.3g}" for name, value in verdict.measures.items())
         print(f"round {number}: {verdict.decision} (noise {verdict.noise_ratio:.2f} of |g|; {measures})")
         for reason in verdict.reasons:

@@ -7,7 +7,7 @@ Three ways in: a Lightning callback (`gradguard.integrations.lightning.GradGuard
 __version__ = "0.1.0"
 
 from gradguard import _moved, attacks, defenses, leakage, linalg
-from gradguard.errors import InputError, UnsupportedModelError
+from gradguard.errors import InputError, SeededNoiseWarning, UnsupportedModelError
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossGradient
 from gradguard.guard import Guard
@@ -24,6 +24,7 @@ __all__ = [
     "LeakageReport",
     "LossGradient",
     "Policy",
+    "SeededNoiseWarning",
     "Survey",
     "ThreatModel",
     "UnsupportedModelError",

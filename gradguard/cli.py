@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -21,7 +22,8 @@ from torch.utils.data import Dataset
 
 from gradguard.attacks import DLG, IDLG, ILRG, RGAP, Attack, InvertingGradients
 from gradguard.defenses import Defense, GaussianNoise, PriorNoise, Pruning, SmallEigenspaceNoise
-from gradguard.errors import InputError
+from gradguard.defenses.stream import SEEDED, fresh_noise
+from gradguard.errors import InputError, SeededNoiseWarning
 from gradguard.guard import Guard
 from gradguard.policy import Policy
 from gradguard.storage.files import load_gradient, load_weights, save_gradient, write_text
@@ -149,7 +151,14 @@ subject_options = options(
     ),
     click.option("--max-labels", type=float, help="Policy: highest share of labels that may be recovered."),
     click.option("--device", default="cpu", show_default=True),
-    click.option("--seed", type=int, default=0, show_default=True),
+    click.option(
+        "--seed", type=int, default=0, show_default=True, help="Of the model's weights and the attacks' starts."
+    ),
+    click.option(
+        "--noise-seed",
+        type=int,
+        help="Reproducible noise, for tests: whoever knows the seed subtracts the noise (default: secret noise).",
+    ),
 )
 
 
@@ -174,6 +183,7 @@ class Subject:
         max_labels: float | None,
         device: str,
         seed: int,
+        noise_seed: int | None,
     ) -> None:
         torch.manual_seed(seed)
         place = checked_device(device)
@@ -190,6 +200,9 @@ class Subject:
         self.class_names = pictures.class_names
         self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
+        if noise_seed is not None:
+            click.echo(f"gradguard: {SEEDED}", err=True)
+        self.noise = fresh_noise(place) if noise_seed is None else torch.Generator().manual_seed(noise_seed)
         self.guard = Guard(
             defense=DEFENSES[defense](strength) if defense else None,
             attacks=[ATTACKS[n]() for n in attack_names] or None,
@@ -249,7 +262,8 @@ def demo(output: Path, steps: int, noise_ratio: float, device: str, seed: int, a
         click.echo(json.dumps(summary(report), allow_nan=False))
     else:
         report.print()
-        click.echo(f"\nThe report with pictures: {output / 'index.html'}")
+        click.echo(f"\nThe noise came from the seed {seed}, to show the same numbers each time; real noise is secret.")
+        click.echo(f"The report with pictures: {output / 'index.html'}")
 
 
 @main.command()
@@ -286,7 +300,13 @@ def audit(
     if exact:
         raise InputError("`--exact` goes with --all or --examples; the audit of a batch is exact.")
     report = case.guard.audit(
-        case.model, case.loss_fn, case.inputs, case.targets, class_names=case.class_names, generator=case.generator
+        case.model,
+        case.loss_fn,
+        case.inputs,
+        case.targets,
+        class_names=case.class_names,
+        generator=case.generator,
+        noise=case.noise,
     )
     if output is not None:
         report.save_html(output / "index.html")
@@ -339,9 +359,18 @@ def check(gradient_file: Path, no_verify: bool, write: Path | None, as_json: boo
     gradient = load_gradient(gradient_file)
     case = Subject(**subject)
     gradient = {n: g.to(case.inputs.device) for n, g in gradient.items()}
-    sent, verdict = case.guard.protect(
-        case.model, case.loss_fn, case.inputs, case.targets, gradient, verify=not no_verify, generator=case.generator
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SeededNoiseWarning)  # said above, once, on standard error
+        sent, verdict = case.guard.protect(
+            case.model,
+            case.loss_fn,
+            case.inputs,
+            case.targets,
+            gradient,
+            verify=not no_verify,
+            generator=case.generator,
+            noise=case.noise,
+        )
     if write is not None and sent is not None:
         save_gradient(write, sent)
     fine = verdict.decision == "send" or (verdict.decision == "perturb" and write is not None)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gradguard.attacks import DLG, ILRG, RGAP, InvertingGradients, Observation
 from gradguard.defenses import GaussianNoise, PriorNoise, Pruning, SmallEigenspaceNoise
+from gradguard.errors import SeededNoiseWarning
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossGradient
 from gradguard.functional.vectors import Gradient, add
@@ -73,7 +74,10 @@ class Demo:
         first = self.module().model.to(self.device)
         checks = influence_check(first, inputs[:2], targets[:2], generator=generator)
         report = replace(
-            report, model="digits ConvNet", extra=report.extra | {"accuracy": accuracies, "influence_check": checks}
+            report,
+            model="digits ConvNet",
+            extra=report.extra
+            | {"accuracy": accuracies, "influence_check": checks, "noise": f"from the seed {self.seed}, not secret"},
         )
         report.save_html(output / "index.html")
         return report
@@ -90,8 +94,10 @@ class Demo:
         loader = DataLoader(
             TensorDataset(data.images, data.labels), self.batch_size, shuffle=True, drop_last=True, generator=shuffle
         )
-        callbacks = [GradGuard(guard, every_n_steps=10, seed=self.seed)] if guard is not None else []
         with quiet_lightning():
+            # Seeded, and said so in the report: a demo shows the same numbers each time, and sends nothing.
+            warnings.simplefilter("ignore", SeededNoiseWarning)
+            callbacks = [GradGuard(guard, every_n_steps=10, seed=self.seed)] if guard is not None else []
             trainer = Trainer(
                 max_steps=self.steps,
                 accelerator="cpu" if self.device == "cpu" else "auto",

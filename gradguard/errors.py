@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class UnsupportedModelError(InputError):
     """A model has a part that a method cannot work with; the message names the module."""
+
+
+class SeededNoiseWarning(UserWarning):
+    """Noise that is to protect comes from a seed: who knows the seed, or tries them all, can subtract the noise."""

@@ -96,28 +96,32 @@ class Guard:
         sent: Gradient | None = None,
         class_names: Sequence[str] = (),
         generator: torch.Generator | None = None,
+        noise: torch.Generator | None = None,
     ) -> LeakageReport:
         """What the gradient of this batch gives away, as it is and as the defense sends it.
 
         `inputs`: `(B, *input_shape)` in the threat model's value range; `targets`: `(B, ...)`.
         `sent`: what was really sent, where that is known (default: what the defense makes of the true gradient).
-        `class_names`: for the report. `generator`: all randomness, of the defense and of the attacks.
+        `class_names`: for the report. `generator`: all randomness, of the defense and of the attacks (default: the
+        noise is secret, and the attacks start from the same numbers each time). `noise`: that of the defense alone.
         Raises what `LossGradient` raises, before any long work. An attack that cannot work on this model is no error:
         the report says why it did not run.
         """
         function = self.loss_gradient(model, loss_fn)
+        starts = _starts(generator)
         with progress_bar(self._steps()) as advance:
             jacobian = InputJacobian(function, inputs, targets)
             true = function(inputs, targets)
             if sent is None:
-                sent = self._defended(true, jacobian, generator)
+                # Nothing of it leaves: a seed for the noise of an audit is no fault, and no warning.
+                sent = self._audited(true, jacobian, generator if noise is None else noise)
             else:
                 function.check_gradient(sent)
             advance("measuring")
-            measures = self.measure(jacobian, true, sent or true, generator=generator)
-            eigenvalues = spectrum(jacobian, generator=generator).values
+            measures = self.measure(jacobian, true, sent or true, generator=starts)
+            eigenvalues = spectrum(jacobian, generator=starts).values
             attacked = self._most_exposed(measures)
-            seed = _draw_seed(generator)
+            seed = _draw_seed(starts)
             scores: dict[str, dict] = {}
             labels: dict = {}
             for attack in self.attacks:
@@ -164,6 +168,7 @@ class Guard:
         *,
         verify: bool = True,
         generator: torch.Generator | None = None,
+        noise: torch.Generator | None = None,
     ) -> tuple[Gradient | None, Verdict]:
         """The pre-send check: what to send instead of `gradient`, and why.
 
@@ -171,6 +176,8 @@ class Guard:
         It may already be compressed or noisy: what it differs by from the true gradient counts as noise. If it is
         (nearly) a multiple of it (clipping, a loss scale), the factor is taken out first and the verdict says so.
         `verify`: run the guard's attacks too; the verdict then rests on measures and attacks, else on measures alone.
+        `generator`: all randomness, for tests: noise that is really sent must be secret, which it is by default.
+        `noise`: the source of the defense's noise alone, such as `NoiseStream.message()`.
 
         Returns the gradient to send and a verdict: "send" (the gradient as given meets the policy), "perturb" (the
         defended one does), or "block" (neither does; the gradient is then `None`).
@@ -181,11 +188,12 @@ class Guard:
         jacobian = InputJacobian(function, inputs, targets)
         true = function(inputs, targets)
         given = true if gradient is None else gradient
+        starts = _starts(generator)
         factor = _common_factor(true, given)
         if factor != 1.0:
             # A factor hides nothing: whoever receives the gradient can take it out again.
             given = {n: g / factor for n, g in given.items()}
-        measures = self._judged_measures(jacobian, true, given, verify, generator)
+        measures = self._judged_measures(jacobian, true, given, verify, starts)
         complaints = self.policy.complaints(measures)
         if factor != 1.0 and complaints:
             complaints.append(f"the gradient is {factor:.3g} times the true one, which hides nothing")
@@ -197,11 +205,11 @@ class Guard:
                 noise_ratio=ratio,
                 measures=measures,
             )
-        sent = self._defended(given, jacobian, generator)
+        sent = self._defended(given, jacobian, generator if noise is None else noise)
         if sent is None:
             reasons = (*complaints, "the guard has no defense to perturb it with")
             return None, Verdict(decision="block", reasons=reasons, noise_ratio=ratio, measures=measures)
-        measures = self._judged_measures(jacobian, true, sent, verify, generator)
+        measures = self._judged_measures(jacobian, true, sent, verify, starts)
         ratio = _noise_ratio(true, sent)
         remaining = self.policy.complaints(measures)
         if remaining:
@@ -226,7 +234,10 @@ class Guard:
     def perturb(
         self, jacobian: InputJacobian | None, gradient: Gradient, *, generator: torch.Generator | None = None
     ) -> Gradient:
-        """`gradient` as the defense sends it; itself without a defense. `jacobian` only where the defense needs one."""
+        """`gradient` as the defense sends it; itself without a defense. `jacobian` only where the defense needs one.
+
+        `generator`: of the noise; default: a new secret key. See `Defense.__call__`.
+        """
         return self._defended(gradient, jacobian, generator) or gradient
 
     def measure(
@@ -245,8 +256,10 @@ class Guard:
 
         `exact`: solve for the influence itself, in float64 where the Jacobian is small enough to be formed; `False`
         leaves it at the lower bound (a training loop's step). `tolerance`, `confidence`, `start`: of the bound, see
-        `influence_lower_bound`; `start` takes the `vectors` of an earlier measurement.
+        `influence_lower_bound`; `start` takes the `vectors` of an earlier measurement. `generator`: of the solvers'
+        starts (default: the same each time).
         """
+        generator = _starts(generator)
         delta = add({n: sent[n].to(g) for n, g in true.items()}, true, -1.0)
         bound = influence_lower_bound(
             jacobian, delta, tolerance=tolerance, confidence=confidence, start=start, generator=generator
@@ -286,6 +299,13 @@ class Guard:
     ) -> Gradient | None:
         return self.defense(gradient, jacobian, generator=generator) if self.defense else None
 
+    def _audited(
+        self, gradient: Gradient, jacobian: InputJacobian, generator: torch.Generator | None
+    ) -> Gradient | None:
+        if self.defense is None:
+            return None
+        return add(gradient, self.defense.checked_perturbation(gradient, jacobian, generator=generator))
+
     def _defense_name(self) -> str:
         return self.defense.name if self.defense else "no defense"
 
@@ -304,7 +324,7 @@ class Guard:
         return key.argsort()[: self.threat.max_attacked].tolist()
 
     def _judged_measures(
-        self, jacobian: InputJacobian, true: Gradient, sent: Gradient, verify: bool, generator: torch.Generator | None
+        self, jacobian: InputJacobian, true: Gradient, sent: Gradient, verify: bool, generator: torch.Generator
     ) -> dict[str, float]:
         """The numbers that a policy judges, of the worst example and the best attack."""
         found = self.measure(jacobian, true, sent, generator=generator)
@@ -364,8 +384,13 @@ def _common_factor(true: Gradient, given: Gradient) -> float:
     return factor if cosine > 0.995 and abs(factor - 1) > 0.01 else 1.0
 
 
-def _draw_seed(generator: torch.Generator | None) -> int:
-    return int(torch.randint(2**31, (), generator=generator))
+def _starts(generator: torch.Generator | None) -> torch.Generator:
+    """Where attacks and solvers draw their starts from, which are no secret: never the global random state."""
+    return torch.Generator().manual_seed(0) if generator is None else generator
+
+
+def _draw_seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**31, (), generator=generator, device=generator.device))
 
 
 def _noise_ratio(true: Gradient, sent: Gradient) -> float:

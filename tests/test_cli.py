@@ -98,6 +98,21 @@ def test_check_lets_through_what_meets_the_policy(model_file, gradient_file):
     assert result.output.startswith("send: ")
 
 
+def test_the_noise_of_check_is_secret_unless_it_is_seeded(model_file, gradient_file, tmp_path):
+    """`--seed`, 0 by default, governs the attacks; whoever knows it must not be able to draw the noise again."""
+    arguments = ("--model", model_file, *QUICK, "--defense", "gaussian", "--min-error", 1e-6, "--no-verify")
+    sent = []
+    for number, seed in enumerate([(), (), ("--noise-seed", 1), ("--noise-seed", 1)]):
+        path = tmp_path / f"sent{number}.safetensors"
+        result = run("check", gradient_file, *arguments, "--write", path, *seed)
+        assert result.exit_code == 0, result.output
+        assert ("the noise comes from a seed" in result.stderr) == bool(seed)
+        bare = load_gradient(gradient_file)
+        sent.append(torch.cat([(g - bare[n]).flatten() for n, g in load_gradient(path).items()]))
+    assert torch.nn.functional.cosine_similarity(sent[0], sent[1], dim=0).abs() < 0.1
+    assert torch.equal(sent[2], sent[3])
+
+
 def test_rank():
     result = run("rank", "--model", "digits", "--json")
     assert result.exit_code == 0, result.output

@@ -16,7 +16,7 @@ from gradguard.attacks import Attack
 from gradguard.defenses import Defense
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossFunction
-from gradguard.functional.vectors import flatten
+from gradguard.functional.vectors import add, flatten
 from gradguard.guard import Guard
 from gradguard.report import LeakageReport
 from gradguard.report.leakage_report import Case
@@ -118,7 +118,7 @@ def compare(
         generator = torch.Generator().manual_seed(seed)
         true = function(inputs, targets)
         jacobian = InputJacobian(function, inputs, targets, validate=False)
-        sent = guard.perturb(jacobian, true, generator=generator) if defense else None
+        sent = add(true, defense.checked_perturbation(true, jacobian, generator=generator)) if defense else None
         generator.manual_seed(seed)
         report = guard.audit(model, loss_fn, inputs, targets, sent=sent, generator=generator)
         cosine = torch.nn.functional.cosine_similarity(flatten(sent or true), flatten(true), dim=0).item()

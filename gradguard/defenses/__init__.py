@@ -1,8 +1,20 @@
 """Defenses: what to add to a gradient so that it gives away less."""
 
-from gradguard.defenses.base import Defense
+from gradguard.defenses.base import Defense, randn
 from gradguard.defenses.directional import DirectionalNoise, PriorNoise, SmallEigenspaceNoise
 from gradguard.defenses.gaussian import GaussianNoise
 from gradguard.defenses.pruning import Pruning
+from gradguard.defenses.stream import MessageNoise, NoiseStream, noise_key
 
-__all__ = ["Defense", "DirectionalNoise", "GaussianNoise", "PriorNoise", "Pruning", "SmallEigenspaceNoise"]
+__all__ = [
+    "Defense",
+    "DirectionalNoise",
+    "GaussianNoise",
+    "MessageNoise",
+    "NoiseStream",
+    "PriorNoise",
+    "Pruning",
+    "SmallEigenspaceNoise",
+    "noise_key",
+    "randn",
+]

@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradguard.defenses.base import Defense, randn, require_positive, scaled_to
+from gradguard.defenses.base import Defense, isotropic, randn, require_positive, scaled_to
+from gradguard.defenses.stream import fresh_noise
 from gradguard.errors import InputError
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.vectors import Gradient, norm
@@ -27,7 +28,9 @@ from gradguard.linalg.covariances import PowerLawPrior
 class DirectionalNoise(Defense):
     """The frame: draw `d`, send `J^T d` scaled to `noise_ratio` times the gradient's norm.
 
-    Every example of the batch gets a `d` of its own; the gradient of the batch carries the sum.
+    Every example of the batch gets a `d` of its own; the gradient of the batch carries the sum. A tensor that `J^T`
+    does not reach (an auxiliary head that `loss_fn(model(x))` leaves out, a table beside its embeddings, parameters of
+    the loss) would leave bare: it gets isotropic noise, `noise_ratio` times its own norm.
     """
 
     needs_jacobian: ClassVar[bool] = True
@@ -39,9 +42,18 @@ class DirectionalNoise(Defense):
     def perturbation(self, gradient: Gradient, jacobian: InputJacobian | None = None, *, generator=None) -> Gradient:
         """`J^T d`, summed over the batch."""
         assert jacobian is not None  # `Defense.__call__` has refused it
+        generator = fresh_noise() if generator is None else generator
         direction = self.displacement(jacobian, generator)
         delta = jacobian.joint().rmatvec(direction)
-        return scaled_to({n: delta[n].to(g) for n, g in gradient.items()}, self.noise_ratio * norm(gradient))
+        sizes = torch.stack([delta[n].abs().sum() if n in delta else g.new_zeros(()) for n, g in gradient.items()])
+        reached = {n for n, size in zip(gradient, sizes.tolist(), strict=True) if size != 0}
+        covered = {n: g for n, g in gradient.items() if n in reached}
+        noise = {}
+        if covered:
+            noise = scaled_to({n: delta[n].to(g) for n, g in covered.items()}, self.noise_ratio * norm(covered))
+        return {
+            n: noise[n] if n in reached else isotropic(g, self.noise_ratio, generator, n) for n, g in gradient.items()
+        }
 
     @abstractmethod
     def displacement(self, jacobian: InputJacobian, generator: torch.Generator | None) -> Tensor:
@@ -92,7 +104,7 @@ class SmallEigenspaceNoise(DirectionalNoise):
         if not jacobian.per_example:
             raise InputError("SmallEigenspaceNoise works per example: pass an `InputJacobian(..., per_example=True)`.")
         eigen = spectrum(jacobian, self.leading, generator=generator)
-        noise = randn(jacobian.inputs.shape, jacobian.inputs, generator).flatten(1)
+        noise = randn(jacobian.inputs.shape, jacobian.inputs, generator, "inputs").flatten(1)
         if eigen.complete or fits_dense(jacobian):
             # What the gradient does not show at all cannot be moved: J^T would return its rounding errors.
             singular = eigen.values.sqrt()
@@ -122,4 +134,4 @@ class PriorNoise(DirectionalNoise):
 
     def displacement(self, jacobian: InputJacobian, generator: torch.Generator | None) -> Tensor:
         """A draw of the prior for each example."""
-        return self.prior.sqrt(randn(jacobian.inputs.shape, jacobian.inputs, generator))
+        return self.prior.sqrt(randn(jacobian.inputs.shape, jacobian.inputs, generator, "inputs"))

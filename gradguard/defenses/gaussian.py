@@ -40,4 +40,4 @@ class GaussianNoise(Defense):
             std: float | Tensor = self.std or 0.0
         else:
             std = self.noise_ratio * norm(gradient) / sum(g.numel() for g in gradient.values()) ** 0.5
-        return {n: std * randn(g.shape, g, generator) for n, g in gradient.items()}
+        return {n: std * randn(g.shape, g, generator, n) for n, g in gradient.items()}

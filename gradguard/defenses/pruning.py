@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -25,6 +26,7 @@ class Pruning(Defense):
         InputError: If `fraction` is outside its range.
     """
 
+    random: ClassVar[bool] = False
     fraction: float
 
     def __post_init__(self) -> None:

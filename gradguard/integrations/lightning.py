@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import secrets
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradguard.errors import InputError
+from gradguard.defenses import NoiseStream, noise_key
+from gradguard.defenses.stream import SEEDED
+from gradguard.errors import InputError, SeededNoiseWarning
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossFunction, LossGradient
 from gradguard.functional.vectors import Gradient, add, norm
-from gradguard.guard import Guard
+from gradguard.guard import Guard, Measures
+from gradguard.integrations.training_step import SentOnce, StepWatch, Window
 from gradguard.leakage import rank_check
 from gradguard.report import LeakageReport
 from gradguard.report.leakage_report import Case
@@ -29,9 +35,16 @@ class GradGuard(Callback):
 
     Every optimiser step: the gradient is perturbed by the guard's defense, after backward, accumulation and AMP's
     unscaling, before gradient clipping (it warns if the trainer clips: clipping rescales signal and noise together).
+    Each gradient is perturbed once: several optimisers after one backward share one noise, each taking its parameters'
+    part. Under manual optimisation the steps of raw PyTorch optimisers are perturbed too; a training in which no step
+    was ends with an `InputError`, any other with an account of what was perturbed (`account`).
     Every `every_n_steps`: the closed-form measures of up to `max_examples` examples go to the logger through
     `pl_module.log`. Every `verify_every_n_steps`: the guard's attacks run, on the module's device, against the gradient
-    that this step really sends. Cadence, randomness and counters are part of the checkpoint.
+    that this step really sends.
+
+    The noise is secret (see `gradguard.defenses.NoiseStream`): its key comes from the operating system and is no part
+    of the checkpoint, which holds cadence and counters. A training that is resumed begins a new stream, and says so,
+    unless it is given its `key` again: then the noise goes on where the checkpoint stopped.
 
     `guard`: what to do. `loss_fn`: `(outputs, targets) -> scalar`; default: the module's `loss_fn` or `criterion`.
     `model`: the attribute of the module that maps inputs to outputs; default: the module itself, by its `forward`.
@@ -42,7 +55,9 @@ class GradGuard(Callback):
     `rank`: analyse the architecture at the first batch (seconds to a minute, see `gradguard.leakage.rank_check`): warn
     if every layer gives its input away in closed form, and log `rank_index`, the same at every measurement.
     `log_pictures`: send the reconstructions to loggers that take pictures. They are private data: off by default.
-    `seed`: of the noise and of the attacks' starts.
+    `key`: of the noise: 32 bytes, or a file that holds a key and is made if there is none (`noise_key`). Every training
+    draws a public label beside it, so that no two trainings have the same noise. `seed`: reproducible noise instead,
+    for tests: it warns, since whoever knows or tries the seed subtracts the noise. It also seeds the attacks' starts.
 
     The gradient is measured as `loss_fn(model(inputs), targets)`; if the step's own gradient is another (other loss
     terms, augmentation inside `training_step`), it warns.
@@ -68,7 +83,8 @@ class GradGuard(Callback):
         confidence: float | None = 0.999,
         rank: bool = False,
         log_pictures: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
+        key: bytes | str | Path | None = None,
     ) -> None:
         super().__init__()
         cadences = {
@@ -79,6 +95,8 @@ class GradGuard(Callback):
         for name, value in cadences.items():
             if value is not None and value < 1:
                 raise InputError(f"`{name}` must be at least 1, got {value}.")
+        if seed is not None and key is not None:
+            raise InputError("Give `key`, for noise that is secret, or `seed`, for noise that is not; not both.")
         self.guard = guard
         self.loss_fn = loss_fn
         self.model = model
@@ -91,11 +109,24 @@ class GradGuard(Callback):
         self.confidence = confidence
         self.rank = rank
         self.log_pictures = log_pictures
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
         self.steps = 0
+        self.tensors = 0
         self.last_report: LeakageReport | None = None
-        self._batches: list[tuple[Tensor, Tensor]] = []
-        self._stepped = False
+        self._key = noise_key(key) if isinstance(key, str | Path) else key
+        self._run = secrets.token_bytes(16)
+        self._stream = NoiseStream(self._key, run=self._run)
+        self._seeded: torch.Generator | None = None
+        if seed is not None:
+            warnings.warn(SEEDED[0].upper() + SEEDED[1:], SeededNoiseWarning, stacklevel=2)
+            self._seeded = torch.Generator().manual_seed(seed)
+        self._window = Window()
+        self._sent_once = SentOnce()
+        self._waiting: dict[nn.Parameter, tuple[Any, Tensor]] = {}
+        self._watch: StepWatch | None = None
+        self._seen = 0
+        self._first_step = 0
+        self._says_backward = False
         self._checked = False
         self._compared = 0
         self._vectors: Tensor | None = None
@@ -132,65 +163,179 @@ class GradGuard(Callback):
                     stacklevel=2,
                 )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on the steps of raw optimisers are watched too."""
+        self._remove_watch()
+        self._seen, self._first_step = 0, self.steps
+        self._watch = StepWatch(pl_module.parameters, lambda optimizer: self._perturb(trainer, pl_module, optimizer))
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the next gradient is computed from."""
         if not self._checked:
             self._function(pl_module).check_model()
             self._checked = True
-        if self._stepped:
-            # Kept until here, and not dropped after the step: LBFGS asks for several gradients of one batch.
-            self._batches.clear()
-            self._stepped = False
         inputs, targets = self.unpack(batch)
         if self.rank and self._rank_index is None:
             check = rank_check(self._function(pl_module).model, inputs.shape[1:])
             self._rank_index = check.analysis.index
             if not check.fine:
                 warnings.warn(f"Rank analysis of the architecture: {'; '.join(check.reasons)}.", stacklevel=2)
-        self._batches.append((inputs.detach(), targets.detach()))
+        self._window.start(inputs, targets)
+        if self._watch is not None:
+            self._watch.forget()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The batch is part of the gradient; one whose `training_step` returns `None` never comes here."""
+        self._says_backward = True
+        self._window.add_current()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, perturb, verify. Gradients are accumulated and unscaled here, and not yet clipped."""
-        inputs, targets = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
-        self._stepped = True
-        self._refuse_scaled(trainer, optimizer)
-        function = self._function(pl_module)
-        parameters = dict(function.model.named_parameters())
-        gradient = {
-            n: p.grad.to(function.computing_dtype)
-            if p.grad is not None
-            else torch.zeros_like(p, dtype=function.computing_dtype)
-            for n, p in parameters.items()
-            if p.requires_grad
-        }
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and not all(torch.isfinite(g).all() for g in gradient.values()):
-            return  # AMP's scale was too high: the scaler skips this step, and nothing is sent.
-        self.steps += 1
-        jacobian = None
-        if self.guard.defense is not None and self.guard.defense.needs_jacobian:
-            jacobian = InputJacobian(function, inputs, targets, validate=False)
-        sent = self.guard.perturb(jacobian, gradient, generator=self.generator)
-        if self.steps % self.every_n_steps == 0:
-            self._measure(pl_module, function, inputs, targets, gradient, sent)
-        if self.verify_every_n_steps and self.steps % self.verify_every_n_steps == 0:
-            self._verify(trainer, pl_module, function, inputs, targets, gradient, sent)
-        with torch.no_grad():
-            for name, value in sent.items():
-                held = parameters[name].grad
-                if held is not None:
-                    held.copy_(value)
+        self._perturb(trainer, pl_module, optimizer)
+        if self._watch is not None:
+            self._watch.handled(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count, and say early if nothing is perturbed."""
+        if not pl_module.automatic_optimization and not self._says_backward:
+            self._window.add_current()  # `loss.backward()` of one's own: whether it ran cannot be seen
+        if self._window.current is not None:
+            return  # skipped
+        self._seen += 1
+        if self._seen == 10 * trainer.accumulate_grad_batches and self.steps == self._first_step:
+            warnings.warn(f"gradguard has seen no optimiser step in {self._seen} batches.", stacklevel=1)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Account for what was perturbed. Raises `InputError` if nothing was."""
+        self._remove_watch()
+        if self._seen and self.steps == self._first_step:
+            raise InputError(
+                f"0 of {self._seen} steps were perturbed: gradguard has seen no step of an optimiser that holds "
+                f"gradients of {type(pl_module).__name__}. Step with `self.optimizers()` or another "
+                "`torch.optim.Optimizer`; where parameters are updated by hand, call `Guard.perturb` on the gradient."
+            )
+        rank_zero_info(self.account)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind."""
+        self._remove_watch()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing behind."""
+        self._remove_watch()
+
+    @property
+    def account(self) -> str:
+        """What has been perturbed so far, in a sentence."""
+        what = self.guard.defense.name if self.guard.defense is not None else "no defense, measured only"
+        kind = "seeded noise" if self.seed is not None else "secret noise"
+        return f"gradguard: {self.steps} gradients in {self.tensors} tensors, {what}, {kind}."
 
     def state_dict(self) -> dict[str, Any]:
-        """Cadence and randomness, for the checkpoint."""
-        return {"steps": self.steps, "generator": self.generator.get_state()}
+        """Cadence and counters, for the checkpoint, and the noise stream's public name: nothing to draw noise from."""
+        state = {
+            "steps": self.steps,
+            "tensors": self.tensors,
+            "round": self._stream.round,
+            "run": self._run.hex(),
+            "stream": self._stream.fingerprint,
+        }
+        # A seed's noise is no secret; a stream's key never goes into a checkpoint.
+        return state if self._seeded is None else state | {"seeded": self._seeded.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint stopped."""
+        """Go on where the checkpoint stopped; warns where that is a new stream of noise."""
         self.steps = state_dict["steps"]
-        self.generator.set_state(state_dict["generator"].cpu())
+        self.tensors = state_dict.get("tensors", 0)
+        if self._seeded is not None and "seeded" in state_dict:
+            self._seeded.set_state(state_dict["seeded"].cpu())
+            return
+        name, run = state_dict.get("stream"), bytes.fromhex(state_dict.get("run", ""))
+        if self._stream.fingerprint == name:
+            return  # this very callback: its counter stands where it must
+        if self._key is not None and NoiseStream(self._key, run=run).fingerprint == name:
+            self._run, self._stream = run, NoiseStream(self._key, run=run, start=state_dict["round"])
+            return
+        held = "is of another key" if self._key is not None else "holds no key of the noise"
+        warnings.warn(
+            f"The checkpoint {held}: a new stream of noise begins. To go on with the stream of a training, give "
+            "`GradGuard` the same `key` in both.",
+            stacklevel=1,  # the caller is Lightning, whose warnings people turn off
+        )
 
     # ------------------------------------------------------------------ inside
+
+    def _perturb(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Perturb the gradients of the optimiser's parameters that have not been perturbed since their backward."""
+        own = [p for group in optimizer.param_groups for p in group["params"] if self._sent_once.is_new(p)]
+        self._window.stepped = True
+        if not own or (not self._window.batches and not any(p.grad.any() for p in own)):
+            return  # no backward since the last step: a skipped batch
+        if not self._window.batches or not self._says_backward:
+            self._window.add_current()  # `loss.backward()` of one's own, which no hook tells of
+        self._refuse_scaled(trainer, optimizer)
+        if not all(p in self._waiting and self._waiting[p][0] == SentOnce.state(p) for p in own):
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            if scaler is not None and not all(torch.isfinite(p.grad).all() for p in own):
+                return  # AMP's scale was too high: the scaler skips this step, and nothing is sent.
+            self._draw(trainer, pl_module, own)
+        with torch.no_grad():
+            for parameter in own:
+                parameter.grad.copy_(self._waiting.pop(parameter)[1])
+        self._sent_once.leave(own)
+        self.tensors += len(own)
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule, own: list[nn.Parameter]) -> None:
+        """One message: what to send for every gradient of this backward, other optimisers' ones too."""
+        function = self._function(pl_module)
+        inside = {n: p for n, p in function.model.named_parameters() if p.requires_grad}
+        names = {p: f"outside.{n}" for n, p in pl_module.named_parameters()} | {p: n for n, p in inside.items()}
+        names |= {p: f"outside.{i}" for i, p in enumerate(own) if p not in names}
+        dtype = function.computing_dtype
+        bare = {p: p.grad.to(dtype) for p in names if p.grad is not None and self._sent_once.is_new(p)}
+        inputs, targets = self._window.joined()
+        whole = self.guard.loss_gradient(function.model, self._window.loss(function.loss_fn))
+        jacobian = None
+        if self.guard.defense is not None and self.guard.defense.needs_jacobian:
+            jacobian = InputJacobian(whole, inputs, targets, validate=False)
+        self.steps += 1
+        sent = self._sent({names[p]: g for p, g in bare.items()}, jacobian)
+        self._waiting = {p: (SentOnce.state(p), sent[names[p]]) for p in bare}
+        # Where a parameter has no new gradient nothing is sent, and nothing hidden.
+        gradient = {n: bare[p] if p in bare else torch.zeros_like(p, dtype=dtype) for n, p in inside.items()}
+        sent = gradient | {n: g for n, g in sent.items() if n in gradient}
+        if self.steps % self.every_n_steps == 0:
+            self._measure(trainer, pl_module, function, gradient, sent)
+        if self.verify_every_n_steps and self.steps % self.verify_every_n_steps == 0:
+            # Lightning divides each batch's loss by their full number; `whole` is the mean over those that are there.
+            missing = self._divisor(trainer, pl_module) / len(self._window.batches)
+            delta = {n: missing * d for n, d in add(sent, gradient, -1.0).items()}
+            self._verify(trainer, pl_module, whole, inputs, targets, delta)
+
+    def _sent(self, gradient: Gradient, jacobian: InputJacobian | None) -> Gradient:
+        """The gradient as the defense sends it, with the noise of the next round."""
+        if self._seeded is None:
+            device = next(iter(gradient.values())).device
+            return self.guard.perturb(jacobian, gradient, generator=self._stream.message(device=device))
+        if self.guard.defense is None:
+            return gradient
+        # The constructor has warned of the seed.
+        return add(gradient, self.guard.defense.checked_perturbation(gradient, jacobian, generator=self._seeded))
+
+    def _divisor(self, trainer: Trainer, pl_module: LightningModule) -> int:
+        """By how much each batch's loss is divided before the gradients are added up."""
+        return trainer.accumulate_grad_batches if pl_module.automatic_optimization else len(self._window.batches)
+
+    def _starts(self) -> torch.Generator:
+        """The random starts of this step's attacks and solvers, which are no secret."""
+        return torch.Generator().manual_seed(self.steps) if self._seeded is None else self._seeded
+
+    def _remove_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
 
     def _function(self, pl_module: LightningModule) -> LossGradient:
         """The module's model and loss as gradguard's pure gradient."""
@@ -206,44 +351,56 @@ class GradGuard(Callback):
         return self.guard.loss_gradient(model, loss_fn)
 
     def _measure(
-        self,
-        pl_module: LightningModule,
-        function: LossGradient,
-        inputs: Tensor,
-        targets: Tensor,
-        gradient: Gradient,
-        sent: Gradient,
+        self, trainer: Trainer, pl_module: LightningModule, function: LossGradient, gradient: Gradient, sent: Gradient
     ) -> None:
         """Log the closed-form measures of the step's gradient."""
+        divisor = self._divisor(trainer, pl_module)
         if self._compared < 3:
             # A whole gradient more: what a `training_step` adds to the loss shows in the first measurements.
-            self._warn_of_another_gradient(function(inputs, targets), gradient)
+            own = [function(x, y) for x, y in self._window.batches]
+            mean = {n: sum((g[n] for g in own), torch.zeros_like(own[0][n])) / divisor for n in own[0]}
+            self._warn_of_another_gradient(mean, gradient)
             self._compared += 1
-        examples = range(min(self.max_examples, len(inputs)))
-        jacobian = InputJacobian(function, inputs, targets, examples=examples, validate=False)
-        fits = self._vectors is not None and self._vectors.shape == (len(examples), jacobian.size)
-        found = self.guard.measure(
+        # A batch's part of the gradient is the batch's own divided by `divisor`: multiplied by it, the batch's own
+        # derivative fits, whatever the sizes of the others.
+        gradient, sent = ({n: divisor * g for n, g in which.items()} for which in (gradient, sent))
+        measured, left = [], self.max_examples
+        for inputs, targets in self._window.batches:
+            if left > 0:
+                examples = range(min(left, len(inputs)))
+                jacobian = InputJacobian(function, inputs, targets, examples=examples, validate=False)
+                measured.append(self._measures(jacobian, gradient, sent, self.max_examples - left))
+                left -= len(examples)
+        vectors = [m.vectors for m in measured]
+        self._vectors = vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+        lower_bound = torch.cat([m.lower_bound for m in measured])
+        values = {
+            "noise_ratio": measured[0].noise_ratio,
+            "influence_lower_bound": lower_bound.min(),
+            "influence_lower_bound_mean": lower_bound.mean(),
+            "lambda_max": torch.cat([m.lambda_max for m in measured]).max() / divisor**2,
+        }
+        if self.exact:
+            values["predicted_error"] = torch.cat([m.predicted_error for m in measured]).min()
+        if self._rank_index is not None:
+            values["rank_index"] = torch.tensor(self._rank_index)
+        _log(pl_module, values)
+
+    def _measures(self, jacobian: InputJacobian, gradient: Gradient, sent: Gradient, first: int) -> Measures:
+        """The measures of some examples, `first` the place of their eigenvectors in those of the last step."""
+        start, shape = self._vectors, (len(jacobian.inputs), jacobian.size)
+        if start is not None and start.shape != shape:
+            start = start[first : first + shape[0]]
+        return self.guard.measure(
             jacobian,
             gradient,
             sent,
             exact=self.exact,
             tolerance=self.tolerance,
             confidence=self.confidence,
-            start=self._vectors if fits else None,
-            generator=self.generator,
+            start=start if start is not None and start.shape == shape else None,
+            generator=self._starts(),
         )
-        self._vectors = found.vectors
-        values = {
-            "noise_ratio": found.noise_ratio,
-            "influence_lower_bound": found.lower_bound.min(),
-            "influence_lower_bound_mean": found.lower_bound.mean(),
-            "lambda_max": found.lambda_max.max(),
-        }
-        if self.exact:
-            values["predicted_error"] = found.predicted_error.min()
-        if self._rank_index is not None:
-            values["rank_index"] = torch.tensor(self._rank_index)
-        _log(pl_module, values)
 
     def _verify(
         self,
@@ -252,21 +409,20 @@ class GradGuard(Callback):
         function: LossGradient,
         inputs: Tensor,
         targets: Tensor,
-        gradient: Gradient,
-        sent: Gradient,
+        delta: Gradient,
     ) -> None:
         """Attack the step's gradient, without and with the defense, and log what came of it."""
         defended = self.guard.defense is not None
         # The defense's own noise on the gradient that is measured: where the step's is another (train-mode layers,
         # further loss terms), the difference between the two hides nothing and must not count as noise.
-        sent = add(function(inputs, targets), add(sent, gradient, -1.0))
+        sent = add(function(inputs, targets), delta)
         report = self.guard.audit(
             function.model,
             function.loss_fn,
             inputs,
             targets,
             sent=sent if defended else None,
-            generator=self.generator,
+            generator=self._starts(),
         )
         self.last_report = report
         case: Case = "with" if defended else "without"

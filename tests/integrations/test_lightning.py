@@ -116,7 +116,7 @@ def test_resuming_continues_cadence_and_noise(tmp_path):
     # One batch an epoch, since a plain DataLoader does not resume within one.
     batches = loader(count=16)
     guard = Guard(defense=GaussianNoise(noise_ratio=0.5), attacks=())
-    whole, first, second = (Recorder(guard, every_n_steps=2) for _ in range(3))
+    whole, first, second = (Recorder(guard, every_n_steps=2, seed=0) for _ in range(3))
     fit(module_with_seed(), whole, batches=batches, max_steps=6)
     fit(module_with_seed(), first, batches=batches, max_steps=3).save_checkpoint(tmp_path / "half.ckpt")
     logged = tmp_path / "log"

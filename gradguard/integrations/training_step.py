@@ -1,0 +1,156 @@
+"""What a training loop's adapters share: which gradients are new, what a step's gradient is made of, raw optimisers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from gradguard.errors import InputError
+from gradguard.functional.loss_gradient import LossFunction
+
+
+class SentOnce:
+    """Remembers in which state gradients were left, so that none is perturbed twice after one backward.
+
+    A gradient is new when its tensor is another or has been written to since: PyTorch counts writes.
+    """
+
+    def __init__(self) -> None:
+        self._left: dict[int, tuple[int, int]] = {}
+
+    @staticmethod
+    def state(parameter: nn.Parameter) -> tuple[int, int] | None:
+        """What tells one gradient from the next; `None` without a gradient."""
+        gradient = parameter.grad
+        return None if gradient is None else (id(gradient), gradient._version)
+
+    def is_new(self, parameter: nn.Parameter) -> bool:
+        """Whether the parameter has a gradient that has not been perturbed."""
+        state = self.state(parameter)
+        return state is not None and self._left.get(id(parameter)) != state
+
+    def leave(self, parameters: Iterable[nn.Parameter]) -> None:
+        """These gradients go out as they are now."""
+        for parameter in parameters:
+            state = self.state(parameter)
+            if state is not None:
+                self._left[id(parameter)] = state
+
+
+@dataclass
+class Window:
+    """The batches that a step's gradient is made of.
+
+    A batch counts once its backward has run: a `training_step` that returns `None` skips it.
+    """
+
+    batches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    current: tuple[Tensor, Tensor] | None = None
+    stepped: bool = False
+
+    def start(self, inputs: Tensor, targets: Tensor) -> None:
+        """A batch begins; the first one after a step begins a new window."""
+        if self.stepped:
+            # Kept until here, and not dropped after the step: LBFGS asks for several gradients of one batch.
+            self.batches, self.stepped = [], False
+        self.current = (inputs.detach(), targets.detach())
+
+    def add_current(self) -> None:
+        """The current batch's gradient has been added to the others'."""
+        if self.current is not None:
+            self.batches.append(self.current)
+            self.current = None
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """All batches of the window as one: inputs `(B, *input_shape)` and targets `(B, ...)`."""
+        shapes = {(x.shape[1:], y.shape[1:]) for x, y in self.batches}
+        if len(shapes) > 1:
+            raise InputError(
+                f"The batches of one accumulated gradient differ in shape ({sorted(map(str, shapes))}), and gradguard "
+                "measures them as one batch: sort examples by shape, or leave accumulation out."
+            )
+        inputs, targets = (torch.cat(parts) for parts in zip(*self.batches, strict=True))
+        return inputs, targets
+
+    def loss(self, loss_fn: LossFunction) -> LossFunction:
+        """The loss of `joined()` whose gradient is the mean of the batches' own gradients."""
+        sizes = tuple(len(x) for x, _ in self.batches)
+        return loss_fn if len(set(sizes)) == 1 else MeanOfBatches(loss_fn, sizes)
+
+
+@dataclass(frozen=True)
+class MeanOfBatches:
+    """The mean of a loss over batches of different sizes: an example of a small batch weighs more.
+
+    `loss_fn`: of one batch. `sizes`: of the batches, in order. A single example has its own loss.
+    """
+
+    loss_fn: LossFunction
+    sizes: tuple[int, ...]
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Outputs and targets of all batches, one after the other: a scalar."""
+        if len(outputs) != sum(self.sizes):
+            return self.loss_fn(outputs, targets)
+        parts = zip(outputs.split(self.sizes), targets.split(self.sizes), strict=True)
+        return torch.stack([self.loss_fn(o, t) for o, t in parts]).mean()
+
+
+class StepWatch:
+    """Calls `perturb(optimizer)` before every step that PyTorch's optimisers take on some parameters.
+
+    `handled(optimizer)` says that a step of the framework's has just been perturbed: what follows until the end of that
+    step (gradient clipping, a gradient scaler) is left alone. Only optimisers that hold one of `parameters()` count.
+    """
+
+    def __init__(self, parameters: Callable[[], Iterable[nn.Parameter]], perturb: Callable[[Optimizer], None]) -> None:
+        self._parameters = parameters
+        self._perturb = perturb
+        self._handled: Optimizer | None = None
+        self._hooks = [register_optimizer_step_pre_hook(self._before), register_optimizer_step_post_hook(self._after)]
+
+    def handled(self, optimizer: Optimizer) -> None:
+        """The coming step of this optimiser needs nothing more."""
+        self._handled = optimizer
+
+    def forget(self) -> None:
+        """A new batch: a scaler may have left out the step that `handled` spoke of."""
+        self._handled = None
+
+    def remove(self) -> None:
+        """Take the hooks away again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        known = {id(p) for p in self._parameters()}
+        if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
+            return None
+        positional = len(args) > 1 and callable(args[1])
+        closure = args[1] if positional else kwargs.get("closure")
+        if closure is None:
+            if self._handled is not optimizer:
+                self._perturb(optimizer)
+            return None
+
+        def perturbed() -> Any:
+            # The gradient comes into being in here, and with a framework's closure it is perturbed in here too.
+            self._handled = None
+            loss = closure()
+            if self._handled is not optimizer:
+                self._perturb(optimizer)
+            return loss
+
+        if positional:
+            return (args[0], perturbed, *args[2:]), kwargs
+        return args, kwargs | {"closure": perturbed}
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._handled is optimizer:
+            self._handled = None
