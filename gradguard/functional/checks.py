@@ -33,14 +33,39 @@ def check_batch_shape(inputs: Tensor, targets: Tensor) -> None:
         )
 
 
+def class_indices(targets: Tensor, name: str = "targets") -> Tensor:
+    """Class indices of any integer dtype, or bool, as int64; what is int64 already is returned as it is.
+
+    Args:
+        targets: class indices of any shape.
+        name: what the caller calls them, for the message.
+
+    Returns:
+        The same indices in int64, on the same device.
+
+    Raises:
+        InputError: for what is no tensor, and for floating-point or complex numbers: whether 2.0 is a class or a value
+            is for the user to say.
+    """
+    if not isinstance(targets, Tensor):
+        raise InputError(f"`{name}` must be a tensor of class indices, got {type(targets).__name__}.")
+    if targets.is_floating_point() or targets.is_complex():
+        raise InputError(
+            f"`{name}` must be class indices, integers of any width, got {targets.dtype}. Where they are whole numbers "
+            f"write `{name}.long()`; class probabilities have shape (B, C)."
+        )
+    return targets if targets.dtype == torch.int64 else targets.to(torch.int64)
+
+
 def check_labels(outputs: Tensor, targets: Tensor, loss_fn: LossFunction) -> None:
     """Raises `InputError` if class indices lie outside `0 .. C-1` (the loss's `ignore_index` excepted).
 
     Scores are `(B, C, *positions)`, as `cross_entropy` takes them, or `(B, *positions, C)`, as language models give
     them, with targets `(B, *positions)`. Targets of another shape mean something that only the loss knows.
     """
-    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8) or outputs.ndim < 2:
+    if targets.is_floating_point() or targets.is_complex() or outputs.ndim < 2:
         return
+    targets = class_indices(targets)
     if targets.shape == (*outputs.shape[:1], *outputs.shape[2:]):
         classes = outputs.shape[1]
     elif targets.shape == outputs.shape[:-1]:

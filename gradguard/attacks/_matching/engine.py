@@ -27,7 +27,7 @@ from gradguard.attacks._matching.progress import Checkpoint, progress_bar
 from gradguard.attacks._matching.run import MatchingRun
 from gradguard.attacks._matching.search import Optimiser, rows_where
 from gradguard.attacks._matching.trials import LabelMode, Trials, check_alike
-from gradguard.attacks.base import Attack
+from gradguard.attacks.base import Attack, check_generator, failures_of
 from gradguard.errors import InputError
 from gradguard.threats.observation import Observation, Reconstruction
 
@@ -66,6 +66,8 @@ class MatchingAttack(Attack):
     """
 
     takes_local_training: ClassVar[bool] = True
+    takes_missing_gradients: ClassVar[bool] = True
+    takes_free_scale: ClassVar[bool] = True
 
     restarts: int = 4
     polish: int = 0
@@ -90,6 +92,8 @@ class MatchingAttack(Attack):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"`{name}` must be positive or None, got {value}.")
+        if self.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"`dtype` must be torch.float32 or torch.float64 to search in, got {self.dtype}.")
         _ = self.optimiser, self.distance, self.penalties  # their options are checked now, not when they are used
 
     # ------------------------------------------------------------------ what a variant chooses
@@ -176,13 +180,16 @@ class MatchingAttack(Attack):
         `observations`: of one kind (model, shapes, what is known). Starts are drawn for one after the other, so each
         begins as it would alone. `seconds` of a result are those of all together over their number.
         """
+        check_generator(generator)
         check_alike(observations)
         for observation in observations:
             self.check_all(observation)
         began = time.perf_counter()
-        results = self._run(observations, generator, progress, checkpoint)
-        seconds = (time.perf_counter() - began) / len(observations)
-        return [self.finished(o, r, seconds) for o, r in zip(observations, results, strict=True)]
+        with failures_of(self, observations[0]):
+            unscaled = [o.at_unit_scale() for o in observations]
+            results = self._run(unscaled, generator, progress, checkpoint)
+            seconds = (time.perf_counter() - began) / len(observations)
+            return [self.finished(o, r, seconds) for o, r in zip(observations, results, strict=True)]
 
     def run(self, observation: Observation, generator: torch.Generator | None) -> Reconstruction:
         """One observation's trials."""
