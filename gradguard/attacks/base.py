@@ -15,6 +15,9 @@ import torch
 from gradguard.errors import InputError, UnsupportedModelError
 from gradguard.threats.observation import Observation, Reconstruction
 
+#: What models and losses raise on what they were not written for.
+MODEL_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(ABC):
@@ -61,6 +64,8 @@ class Attack(ABC):
     def finished(self, observation: Observation, result: Reconstruction, seconds: float) -> Reconstruction:
         """`result` with what every attack's has: its name, its matching loss and its factor, its time."""
         matching_loss, details = result.matching_loss, result.details
+        if observation.scale is not None and "scale" in details:
+            details = details | {"scale": observation.scale}  # the attack has seen it at 1
         if result.inputs is not None and result.labels is not None:
             # In float64 on the CPU: attacks of different precision are compared by it.
             exact = observation.in_dtype(torch.float64)
@@ -115,13 +120,13 @@ def check_generator(generator: object) -> None:
 def failures_of(attack: Attack, observation: Observation) -> Iterator[None]:
     """What a user's model or loss raises while it is attacked, as an `UnsupportedModelError` that says so.
 
-    Errors of gradguard, of memory and of files pass as they are.
+    Errors of gradguard, of memory and of files, and a user's own exceptions pass as they are.
     """
     try:
         yield
-    except (InputError, MemoryError, torch.OutOfMemoryError, OSError, AssertionError):
+    except (InputError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except MODEL_ERRORS as error:
         model = type(observation.loss_gradient.model).__name__
         raise UnsupportedModelError(
             f"{attack.name} cannot work on {model} with {observation.loss_gradient.loss_fn}: while it computed, they "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradguard.errors import InputError
 from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.restriction import SentJacobian
 from gradguard.leakage.influence import fits_dense
 from gradguard.linalg import (
     FunctionProduct,
@@ -199,7 +200,7 @@ def spectral_density(
     if probes < 2 or steps < 1:
         raise InputError(f"`probes` must be at least 2 and `steps` at least 1, got {probes} and {steps}.")
     start = random_signs(jacobian.gram_operator(), probes, generator)
-    found = probe(jacobian, InputJacobian.gram_operator, torch.ones_like, start, steps=steps)
+    found = probe(jacobian, lambda whole: whole.gram_operator(), torch.ones_like, start, steps=steps)
     return SpectralDensity(found.nodes, found.weights, found.iterations)
 
 
@@ -228,13 +229,15 @@ def repeated(jacobian: InputJacobian, count: int) -> InputJacobian:
     """Each problem `count` times over, `R count` in all: as many vectors for each go through one product."""
     if count == 1:
         return jacobian
+    if isinstance(jacobian, SentJacobian):
+        return jacobian.of(repeated(jacobian.whole, count))
     inputs, targets = (part.repeat_interleave(count, dim=0) for part in (jacobian._inputs, jacobian._targets))
     other = InputJacobian.of_trials(jacobian.gradient, inputs, targets, chunk_size=jacobian.chunk_size)
     other.parameters, other.example_weight = jacobian.parameters, jacobian.example_weight
     return other
 
 
-def gram_matrix(jacobian: InputJacobian, build: Build = InputJacobian.gram_operator) -> Tensor:
+def gram_matrix(jacobian: InputJacobian, build: Build = lambda whole: whole.gram_operator()) -> Tensor:
     """`build(jacobian)`, `J J^T` or a relative of it, as matrices `(R, n, n)`, from `n` products."""
     rows, n = jacobian.num_problems, jacobian.size
     like = jacobian.inputs

@@ -39,10 +39,10 @@ class Observation:
     """
 
     loss_gradient: LossGradient
-    sent: Gradient
+    sent: Gradient = field(repr=False)
     input_shape: tuple[int, ...]
     batch_size: int = 1
-    labels: Tensor | None = None
+    labels: Tensor | None = field(default=None, repr=False)
     num_classes: int | None = None
     value_range: tuple[float, float] | None = (0.0, 1.0)
     local: LocalTraining | None = None
@@ -54,7 +54,7 @@ class Observation:
                 f"`loss_gradient` must be a `LossGradient(model, loss_fn)`, got {type(self.loss_gradient).__name__}."
             )
         if not _is_count(self.batch_size):
-            raise InputError(f"`batch_size` must be at least 1, a whole number, got {self.batch_size!r}.")
+            raise InputError(f"`batch_size` must be at least 1, got {self.batch_size!r}; it is a whole number.")
         self._check_shape()
         if self.num_classes is not None and not _is_count(self.num_classes):
             raise InputError(f"`num_classes` must be a positive whole number or None, got {self.num_classes!r}.")
@@ -113,7 +113,7 @@ class Observation:
         own = self._own(function.cast(inputs), function.cast(labels))
         pairs = [(own[n], g.to(own[n])) for n, g in self.sent.items()]
         square = torch.stack([g.square().sum() for _, g in pairs]).sum()
-        scale = torch.as_tensor(1.0 if self.scale is None else self.scale).to(square)
+        scale = torch.tensor(1.0 if self.scale is None else self.scale, dtype=square.dtype, device=square.device)
         if self.scale is None:
             product = torch.stack([(a * b).sum() for a, b in pairs]).sum()
             scale = product / torch.stack([a.square().sum() for a, _ in pairs]).sum().clamp_min(_tiny(square))

@@ -63,7 +63,7 @@ def without(gradient, *names):
     ("change", "message"),
     [
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
-        ({"batch_size": 4.0}, "a whole number, got 4.0"),
+        ({"batch_size": 4.0}, "got 4.0; it is a whole number"),
         ({"batch_size": 3}, "3 examples, 4 labels"),
         ({"input_shape": 8}, "`input_shape` must be the shape of one example"),
         ({"input_shape": (1, 0, 8)}, "`input_shape` must be the shape of one example"),

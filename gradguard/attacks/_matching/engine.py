@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from gradguard.attacks._labels.classification_head import observed_head
 from gradguard.attacks._labels.inference import infer_labels
 from gradguard.attacks._matching.distances import Distance, SquaredDistance
 from gradguard.attacks._matching.lbfgs import LBFGS
@@ -140,12 +141,16 @@ class MatchingAttack(Attack):
     # ------------------------------------------------------------------ the attack
 
     def check(self, observation: Observation) -> None:
-        """Labels that are variables need a number of classes; a box needs a range."""
+        """Labels that are variables need a number of classes; those to be inferred the head; and all a gradient."""
+        if not any(bool(g.any()) for g in observation.sent.values()):
+            raise InputError("The sent gradient is zero everywhere: nothing about the inputs follows from it.")
         if observation.labels is None and self.labels != "inferred" and observation.num_classes is None:
             raise InputError(
                 f"{self.name} with unknown labels optimises class probabilities and needs `num_classes` in the "
                 "observation; give it, or the labels themselves."
             )
+        if observation.labels is None and self.labels == "inferred":
+            observed_head(observation, needs_bias=False)
         if observation.local is not None and self.polish:
             raise InputError(
                 f"{self.name}'s polish needs the gradient of a single step, and this client took "
