@@ -123,8 +123,9 @@ class LabelSystem(Attack):
         head = observed_head(observation, needs_bias=False)
         sparse = sparsified(observation.sent[head.weight])
         trust = math.inf if sparse else self.trust
-        options = {"trust": trust, "rounds": self.rounds, "generator": generator}
-        found, scale, certain = solve_observed_system(observation, head, **options)
+        found, scale, certain = solve_observed_system(
+            observation, head, trust=trust, rounds=self.rounds, generator=generator
+        )
         return Reconstruction(
             attack=self.name,
             labels=labels_of(found.counts),

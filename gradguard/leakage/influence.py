@@ -86,7 +86,8 @@ def influence(
 
     `delta`: the perturbation of the (batch's) gradient, one tensor per parameter; per example it may also be
     `(B, *parameter_shape)`. Parameters that it does not name were not sent: the attacker knows nothing of their
-    gradient, and `J` is that of the others (`functional.restriction`). `damping`: the paper's `eps`, added to `J J^T`; its published tables use 1.
+    gradient, and `J` is that of the others (`functional.restriction`). `damping`: the paper's `eps`, added to
+    `J J^T`; its published tables use 1.
     `method`: "dense" forms `J` (small inputs) and is right at any condition number; "lanczos" solves in input space and
     never holds a parameter-sized vector per example, at condition numbers of `J` up to 1e6 or so; "lsmr" does with a
     worse one, and holds such vectors; "auto" is dense where `J` is small, else Lanczos. `tolerance`, `max_iterations`:

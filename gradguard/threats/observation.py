@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
@@ -263,7 +264,7 @@ def check_sent(sent: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> 
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _tiny(like: Tensor) -> float:
@@ -276,16 +277,12 @@ def _takes_indices(loss_fn: object) -> bool:
     return isinstance(loss_fn, (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)) or loss_fn in functional
 
 
-class _asking:
+@contextmanager
+def _asking(what: str) -> Iterator[None]:
     """Whatever a user's model or loss raises within becomes an `InputError`; memory errors and ours pass."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, Exception) and not isinstance(error, (InputError, MemoryError, torch.OutOfMemoryError)):
-            raise InputError(f"{self.what}: {error}") from error
-        return False
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {error}") from error

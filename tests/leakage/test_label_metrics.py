@@ -73,7 +73,7 @@ def test_count_labels_refuses_labels_out_of_range(labels):
 
 
 def test_count_labels_refuses_what_is_no_class_index():
-    with pytest.raises(InputError, match="integers of any width, got torch.float32"):
+    with pytest.raises(InputError, match=r"integers of any width, got torch\.float32"):
         count_labels(torch.tensor([0.5, 1.0]), 5)
 
 

@@ -185,7 +185,7 @@ def observed_head(observation: Observation, *, needs_bias: bool) -> Classificati
     if head.weight not in observation.sent:
         raise InputError(
             f"Labels are restored from the gradient of the head {name!r}, and that of {head.weight!r} was not sent. "
-            "Give the attacker the labels, or attack with labels as variables (`labels=\"joint\"`)."
+            'Give the attacker the labels, or attack with labels as variables (`labels="joint"`).'
         )
     if head.bias is not None and head.bias not in observation.sent:
         if needs_bias:

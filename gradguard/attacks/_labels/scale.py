@@ -1,10 +1,10 @@
 """Label counts where the factor of the sent gradient is unknown: the factor is found with them.
 
-The head sends `c grad W` and `c grad b` with a `c` of either sign that the attacker does not know. Quotients of the two,
-which iLRG's features per class are, do not depend on it. The counts are then a line, `n(t) = n(0) + t n'` with
-`t = 1/c`: the linear system of the counts leaves one direction open, that of the scores' mean probabilities, and the sum
-of the counts, `B`, ties the line to it. What picks the point on the line: counts are whole numbers, none is negative,
-and with fewer examples than classes some are 0. So the rarest class has `k = 0, 1, ...` examples, each `k` gives a `t`,
+The head sends `c grad W` and `c grad b` with a `c` of either sign that the attacker does not know. Quotients of the
+two, which iLRG's features per class are, do not depend on it. The counts are then a line, `n(t) = n(0) + t n'` with
+`t = 1/c`: the linear system of the counts leaves one direction open, that of the scores' mean probabilities, and the
+sum of the counts, `B`, ties the line to it. What picks the point on the line: counts are whole numbers, none is
+negative, and with fewer examples than classes some are 0. So the rarest class has `k = 0, 1, ...` examples, each `k` gives a `t`,
 and the `t` whose counts explain the head's gradient best is kept. All of this is ours.
 """
 
@@ -36,6 +36,8 @@ from gradguard.errors import InputError
 
 #: How many numbers of examples of the rarest class are tried.
 MOST_RAREST = 64
+#: How often a factor is fitted again to the counts that it gave.
+REFITS = 5
 #: Another factor explains the gradient as well if it leaves at most this many times as much unexplained.
 AMBIGUOUS = 2.0
 
@@ -91,8 +93,15 @@ def restore_counts_and_scale(
     answers = []
     for t in _candidates(start, slope, batch_size):
         factor = float(unit) / t
-        found = restore_label_counts(gradient / factor, slopes / factor, w, b, batch_size, refinements=refinements)
-        answers.append(replace(found, scale=factor))
+        for _ in range(REFITS):
+            found = restore_label_counts(gradient / factor, slopes / factor, w, b, batch_size, refinements=refinements)
+            answers.append(replace(found, scale=factor))
+            counts = found.counts.to(slopes)
+            own = (found.probabilities.T @ counts - counts) / batch_size
+            refit = float(slopes @ own / own.square().sum().clamp_min(torch.finfo(own.dtype).tiny))
+            if refit * factor <= 0 or abs(refit - factor) < 1e-3 * abs(factor):
+                break
+            factor = refit
     if not answers:
         found = restore_label_counts(gradient, slopes, w, b, batch_size, refinements=refinements)
         return replace(found, identified=False)

@@ -30,7 +30,7 @@ class Distance(ABC):
         """`(T,)`, zero where the two agree."""
 
     def scale(self, own: Gradient, sent: Gradient) -> Tensor:
-        """The factor `c` of `own` that comes closest to `sent`, of either sign: `(T,)`. Default: in squared distance."""
+        """The factor `c` of `own` that comes closest to `sent`, of either sign: `(T,)`; unweighted by default."""
         return best_scale(own, sent)
 
     def scaled(self, own: Gradient, sent: Gradient) -> Tensor:

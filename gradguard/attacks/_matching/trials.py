@@ -125,7 +125,9 @@ class Trials:
             slopes = torch.autograd.grad(values.sum(), list(leaves.values()))
         change = dict(zip(leaves, slopes, strict=True))
         # What was not sent may be anything: nothing depends on it.
-        by_inputs, by_targets = pull_back({n: change[n] if n in change else torch.zeros_like(g) for n, g in own.items()})
+        by_inputs, by_targets = pull_back(
+            {n: change[n] if n in change else torch.zeros_like(g) for n, g in own.items()}
+        )
         gradient = by_inputs.flatten(1)
         if self.labels is None:
             assert by_targets is not None, "targets are variables"

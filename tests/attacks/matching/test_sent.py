@@ -52,7 +52,7 @@ def test_the_objective_and_its_derivative_against_double_backward(seen, convnet,
     loss, parameters = loss_of(convnet, cross_entropy, x, seen.labels)
     all_names = [n for n, _ in convnet.named_parameters()]
     own = dict(zip(all_names, torch.autograd.grad(loss, parameters, create_graph=True), strict=True))
-    weights = {n: 1.0 for n in names}
+    weights = dict.fromkeys(names, 1.0)
     if isinstance(distance, SquaredDistance) and distance.weights:
         weights |= {n: w for n, w in distance.weights.items() if n in names}
 
@@ -132,7 +132,8 @@ def test_what_was_not_sent_has_no_influence(seen):
 
 
 @pytest.mark.parametrize(
-    "attack", [IDLG(restarts=1, evaluations=5), InvertingGradients(iterations=5), LevenbergMarquardt(restarts=1, iterations=2)]
+    "attack",
+    [IDLG(restarts=1, evaluations=5), InvertingGradients(iterations=5), LevenbergMarquardt(restarts=1, iterations=2)],
 )
 def test_every_matching_attack_takes_partial_gradients_and_free_factors(seen, attack):
     found = attack(without(times(seen, 0.5), "2.weight"), generator=gen())
@@ -142,7 +143,9 @@ def test_every_matching_attack_takes_partial_gradients_and_free_factors(seen, at
 
 @pytest.mark.parametrize("attack", [RGAP(), SPEAR()])
 def test_closed_forms_refuse_by_name(seen, attack):
-    with pytest.raises(InputError, match=r"needs the gradient of every parameter, and that of '2\.weight' was not sent"):
+    with pytest.raises(
+        InputError, match=r"needs the gradient of every parameter, and that of '2\.weight' was not sent"
+    ):
         attack(without(seen, "2.weight"))
     with pytest.raises(InputError, match="needs the factor of the sent gradient"):
         attack(times(seen, 0.5))
