@@ -4,5 +4,16 @@ from gradguard.defenses.base import Defense
 from gradguard.defenses.directional import DirectionalNoise, PriorNoise, SmallEigenspaceNoise
 from gradguard.defenses.gaussian import GaussianNoise
 from gradguard.defenses.pruning import Pruning
+from gradguard.defenses.registry import DEFENSES, DefenseEntry, register_defense
 
-__all__ = ["Defense", "DirectionalNoise", "GaussianNoise", "PriorNoise", "Pruning", "SmallEigenspaceNoise"]
+__all__ = [
+    "DEFENSES",
+    "Defense",
+    "DefenseEntry",
+    "DirectionalNoise",
+    "GaussianNoise",
+    "PriorNoise",
+    "Pruning",
+    "SmallEigenspaceNoise",
+    "register_defense",
+]

@@ -87,8 +87,8 @@ def cramer_rao_floor(
 
     Give one of `variance`, of the noise on the (batch's) gradient: a number, or a dictionary with a number or a tensor
     in the parameter's shape for each parameter (`inf`, or no entry: not sent); and `covariance`: `u -> K u`, shape of
-    the inputs, for noise `J^T d`, `d ~ N(0, K)`: `tr(K) / D`. `rounds`: gradients of the same example under fresh noise, which
-    divide the noise by as many.
+    the inputs, for noise `J^T d`, `d ~ N(0, K)`: `tr(K) / D`. `rounds`: gradients of the same example under fresh
+    noise, which divide the noise by as many.
 
     `method`: "dense" takes the singular values of `J`, "gram" the eigenvalues of `J J^T` (`n` products; those below its
     rounding count as undetermined), "lanczos" neither: stochastic quadrature with `probes` random vectors, at most

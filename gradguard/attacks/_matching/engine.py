@@ -149,6 +149,7 @@ class MatchingAttack(Attack):
                 f"{self.name} with unknown labels optimises class probabilities and needs `num_classes` in the "
                 "observation; give it, or the labels themselves."
             )
+        Trials([observation], distance=self.distance, penalties=self.penalties)  # refuses what does not fit the model
         if observation.labels is None and self.labels == "inferred":
             observed_head(observation, needs_bias=False)
         if observation.local is not None and self.polish:
