@@ -124,7 +124,7 @@ class Observation:
     def check(self) -> None:
         """Try the model on random examples of the given shape, and the loss on the given labels.
 
-        Costs one or two forward passes. Raises `InputError` for a shape that does not go through the model, and for
+        Costs one forward pass. Raises `InputError` for a shape that does not go through the model, and for
         labels that are out of range, on another device, or not what the loss takes.
         """
         function = self.loss_gradient
@@ -144,7 +144,7 @@ class Observation:
                 check_labels(outputs, self.labels, function.loss_fn)
             kind = f"labels of dtype {self.labels.dtype} and shape {tuple(self.labels.shape)}"
             with _asking(f"The loss {function.loss_fn} does not take {kind}"):
-                function.loss(parameters, inputs, function.cast(self.labels))
+                function.loss_fn(outputs, function.cast(self.labels))
 
     # ------------------------------------------------------------------ inside
 

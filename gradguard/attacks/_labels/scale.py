@@ -4,8 +4,8 @@ The head sends `c grad W` and `c grad b` with a `c` of either sign that the atta
 two, which iLRG's features per class are, do not depend on it. The counts are then a line, `n(t) = n(0) + t n'` with
 `t = 1/c`: the linear system of the counts leaves one direction open, that of the scores' mean probabilities, and the
 sum of the counts, `B`, ties the line to it. What picks the point on the line: counts are whole numbers, none is
-negative, and with fewer examples than classes some are 0. So the rarest class has `k = 0, 1, ...` examples, each `k` gives a `t`,
-and the `t` whose counts explain the head's gradient best is kept. All of this is ours.
+negative, and with fewer examples than classes some are 0. So the rarest class has `k = 0, 1, ...` examples, each `k`
+gives a `t`, and the `t` whose counts explain the head's gradient best is kept. All of this is ours.
 """
 
 from __future__ import annotations
