@@ -7,12 +7,14 @@ from gradguard.attacks.grad_inversion import GradInversion
 from gradguard.attacks.hgap import HGAP
 from gradguard.attacks.ilrg import ILRG, IDLGLabel, LabelSystem
 from gradguard.attacks.inverting_gradients import InvertingGradients
+from gradguard.attacks.registry import ATTACKS, AttackEntry, register_attack
 from gradguard.attacks.rgap import RGAP
 from gradguard.attacks.second_order import LevenbergMarquardt
 from gradguard.attacks.spear import SPEAR
 from gradguard.threats.observation import Observation, Reconstruction
 
 __all__ = [
+    "ATTACKS",
     "DLG",
     "HGAP",
     "IDLG",
@@ -20,6 +22,7 @@ __all__ = [
     "RGAP",
     "SPEAR",
     "Attack",
+    "AttackEntry",
     "GradInversion",
     "GradientMatching",
     "IDLGLabel",
@@ -30,4 +33,5 @@ __all__ = [
     "Observation",
     "Reconstruction",
     "attack_candidates",
+    "register_attack",
 ]

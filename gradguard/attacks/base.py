@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
-from gradguard.errors import InputError
+from gradguard.errors import InputError, UnsupportedModelError
 from gradguard.threats.observation import Observation, Reconstruction
+
+#: What models and losses raise on what they were not written for.
+MODEL_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,10 @@ class Attack(ABC):
     recovers_inputs: ClassVar[bool] = True
     #: Whether it can attack what a client sends after several local steps.
     takes_local_training: ClassVar[bool] = False
+    #: Whether it can do without the gradient of some parameters (`Observation.not_sent`).
+    takes_missing_gradients: ClassVar[bool] = False
+    #: Whether it finds an unknown factor on the sent gradient (`Observation(scale=None)`).
+    takes_free_scale: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -35,29 +43,60 @@ class Attack(ABC):
     def __call__(self, observation: Observation, *, generator: torch.Generator | None = None) -> Reconstruction:
         """Attack. `generator`: all of the attack's randomness; the same generator state gives the same result.
 
-        Raises `InputError` or `UnsupportedModelError` before any long work if the attack cannot work here.
+        Args:
+            observation: what the attacker sees.
+            generator: all of the attack's randomness; the same state gives the same result.
+
+        Returns:
+            What was found. `details["scale"]` is the factor of the sent gradient that the matching loss is taken with.
+
+        Raises:
+            InputError: before any long work, for an observation or a generator that cannot be used.
+            UnsupportedModelError: if the attack cannot work on this model, or the model fails during the attack.
         """
+        check_generator(generator)
         self.check_all(observation)
         start = time.perf_counter()
-        result = self.run(observation, generator)
-        return self.finished(observation, result, time.perf_counter() - start)
+        with failures_of(self, observation):
+            result = self.run(observation.at_unit_scale(), generator)
+            return self.finished(observation, result, time.perf_counter() - start)
 
     def finished(self, observation: Observation, result: Reconstruction, seconds: float) -> Reconstruction:
-        """`result` with what every attack's has: its name, its matching loss, its time."""
-        matching_loss = result.matching_loss
+        """`result` with what every attack's has: its name, its matching loss and its factor, its time."""
+        matching_loss, details = result.matching_loss, result.details
+        if observation.scale is not None and "scale" in details:
+            details = details | {"scale": observation.scale}  # the attack has seen it at 1
         if result.inputs is not None and result.labels is not None:
             # In float64 on the CPU: attacks of different precision are compared by it.
-            matching_loss = observation.in_dtype(torch.float64).matching_loss(result.inputs, result.labels)
-        return replace(result, attack=self.name, matching_loss=matching_loss, seconds=seconds)
+            exact = observation.in_dtype(torch.float64)
+            matching_loss, scale = exact.match(result.inputs, result.labels)
+            details = details | {"scale": scale}
+        return replace(result, attack=self.name, matching_loss=matching_loss, details=details, seconds=seconds)
 
     def check_all(self, observation: Observation) -> None:
         """`check`, after what holds for every attack."""
+        if not isinstance(observation, Observation):
+            raise InputError(f"{self.name} attacks an `Observation`, got {type(observation).__name__}.")
         if observation.local is not None and not self.takes_local_training:
             raise InputError(
                 f"{self.name} attacks a single gradient, and this client took {observation.local.steps} local steps. "
                 "Use a gradient-matching attack, which differentiates through the steps."
             )
-        self.check(observation)
+        missing = observation.not_sent
+        if missing and not self.takes_missing_gradients:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise InputError(
+                f"{self.name} needs the gradient of every parameter, and that of {missing[0]!r}{more} was not sent. "
+                "Use a gradient-matching attack, which matches what was sent."
+            )
+        if observation.scale is None and not self.takes_free_scale:
+            raise InputError(
+                f"{self.name} needs the factor of the sent gradient, and `scale=None` says that it is unknown. Give "
+                "the factor, or use a gradient-matching attack, which solves for it."
+            )
+        with failures_of(self, observation):
+            observation.check()
+            self.check(observation.at_unit_scale())
 
     def check(self, observation: Observation) -> None:
         """Raise for an observation that this attack cannot work on. Cheap; called before `run`."""
@@ -65,6 +104,34 @@ class Attack(ABC):
     @abstractmethod
     def run(self, observation: Observation, generator: torch.Generator | None) -> Reconstruction:
         """The attack itself."""
+
+
+def check_generator(generator: object) -> None:
+    """Raise `InputError` for what is no generator, a bare seed above all."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        seed = generator if isinstance(generator, int) else 0
+        raise InputError(
+            f"`generator` must be a `torch.Generator` or None, got {type(generator).__name__}. For a fixed seed write "
+            f"`torch.Generator().manual_seed({seed})`."
+        )
+
+
+@contextmanager
+def failures_of(attack: Attack, observation: Observation) -> Iterator[None]:
+    """What a user's model or loss raises while it is attacked, as an `UnsupportedModelError` that says so.
+
+    Errors of gradguard, of memory and of files, and a user's own exceptions pass as they are.
+    """
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except MODEL_ERRORS as error:
+        model = type(observation.loss_gradient.model).__name__
+        raise UnsupportedModelError(
+            f"{attack.name} cannot work on {model} with {observation.loss_gradient.loss_fn}: while it computed, they "
+            f"raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def attack_candidates(

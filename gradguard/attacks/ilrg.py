@@ -8,10 +8,12 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from gradguard.attacks._labels.classification_head import observed_head
+from gradguard.attacks._labels.classification_head import ClassificationHead, observed_head
 from gradguard.attacks._labels.counts import idlg_label, labels_of, restore_label_counts, sparsified
 from gradguard.attacks._labels.inference import solve_observed_system
+from gradguard.attacks._labels.scale import free_scale_label, restore_counts_and_scale, single_scale
 from gradguard.attacks.base import Attack
 from gradguard.errors import InputError
 from gradguard.threats.observation import Observation, Reconstruction
@@ -32,10 +34,14 @@ class ILRG(Attack):
     `details`: `residual`: relative distance of the last layer's gradient from the one that the answer explains;
     `refinement`: which answer won, 0 for the paper's; `rounding`: largest change by rounding, in examples;
     `certainty`: mean over the present classes of their largest probability: near `1/C` on an untrained model, near 1
-    on a trained one, where the method's approximation breaks.
+    on a trained one, where the method's approximation breaks. `scale`: the factor of the sent gradient, found with the
+    counts where the observation leaves it free; `scale_identified`: false where another factor with other counts
+    explains the gradient as well.
     """
 
     recovers_inputs: ClassVar[bool] = False
+    takes_missing_gradients: ClassVar[bool] = True
+    takes_free_scale: ClassVar[bool] = True
 
     refinements: int = 2
 
@@ -52,7 +58,8 @@ class ILRG(Attack):
         head = observed_head(observation, needs_bias=True)
         assert head.bias is not None  # `observed_head` has made sure
         parameters, sent = observation.loss_gradient.parameters(), observation.sent
-        found = restore_label_counts(
+        restore = restore_label_counts if observation.scale is not None else restore_counts_and_scale
+        found = restore(
             sent[head.weight],
             sent[head.bias],
             parameters[head.weight],
@@ -65,8 +72,10 @@ class ILRG(Attack):
             attack=self.name,
             labels=labels_of(found.counts),
             label_counts=found.counts,
-            converged=rounding < 0.5,
+            converged=rounding < 0.5 and found.identified,
             details={
+                "scale": found.scale,
+                "scale_identified": found.identified,
                 "residual": found.mismatch,
                 "refinement": found.refinement,
                 "rounding": rounding,
@@ -88,10 +97,13 @@ class LabelSystem(Attack):
     and subtracting. A gradient whose small elements were set to 0 is no longer the system that is solved: iLRG answers.
 
     `details`: `examples`, `classes`, `guessed`: how many labels belong to solved examples, to classes told to be there,
-    and to neither; `residual`: what iLRG's answer leaves unexplained; `sparsified`: whether the gradient is.
+    and to neither; `residual`: what iLRG's answer leaves unexplained; `sparsified`: whether the gradient is; `scale`,
+    `scale_identified`: as in `ILRG`.
     """
 
     recovers_inputs: ClassVar[bool] = False
+    takes_missing_gradients: ClassVar[bool] = True
+    takes_free_scale: ClassVar[bool] = True
 
     trust: float = 0.05
     rounds: int = 8
@@ -111,18 +123,22 @@ class LabelSystem(Attack):
         head = observed_head(observation, needs_bias=False)
         sparse = sparsified(observation.sent[head.weight])
         trust = math.inf if sparse else self.trust
-        found = solve_observed_system(observation, head, trust=trust, rounds=self.rounds, generator=generator)
+        found, scale, certain = solve_observed_system(
+            observation, head, trust=trust, rounds=self.rounds, generator=generator
+        )
         return Reconstruction(
             attack=self.name,
             labels=labels_of(found.counts),
             label_counts=found.counts,
-            converged=not sparse and (found.guessed == 0 or found.mismatch <= self.trust),
+            converged=not sparse and certain and (found.guessed == 0 or found.mismatch <= self.trust),
             details={
                 "residual": found.mismatch,
                 "sparsified": sparse,
                 "examples": found.examples,
                 "classes": found.classes,
                 "guessed": found.guessed,
+                "scale": scale,
+                "scale_identified": certain,
             },
         )
 
@@ -136,6 +152,8 @@ class IDLGLabel(Attack):
     """
 
     recovers_inputs: ClassVar[bool] = False
+    takes_missing_gradients: ClassVar[bool] = True
+    takes_free_scale: ClassVar[bool] = True
 
     def check(self, observation: Observation) -> None:
         """One example, a head under a mean cross-entropy; three classes if the head has no bias."""
@@ -154,10 +172,22 @@ class IDLGLabel(Attack):
         """Closed form; `generator` is not used."""
         head = observed_head(observation, needs_bias=False)
         slopes = observation.sent[head.bias] if head.bias is not None else None
-        label = idlg_label(observation.sent[head.weight], slopes)
+        if observation.scale is not None:
+            label = idlg_label(observation.sent[head.weight], slopes)
+        else:
+            label = free_scale_label(observation.sent[head.weight], slopes)
+        negative = None if slopes is None else int((slopes * -slopes[label].sign() < 0).sum())
         return Reconstruction(
             attack=self.name,
             labels=label[None],
             label_counts=F.one_hot(label, head.num_classes),
-            converged=slopes is None or int((slopes < 0).sum()) == 1,
+            converged=negative is None or negative == 1,
+            details={} if slopes is None else {"scale": self._scale(observation, head, label)},
         )
+
+    def _scale(self, observation: Observation, head: ClassificationHead, label: Tensor) -> float:
+        """The factor of the gradient: known, or from the example's features."""
+        if observation.scale is not None or head.bias is None:
+            return 1.0
+        parameters, sent = observation.loss_gradient.parameters(), observation.sent
+        return single_scale(label, sent[head.weight], sent[head.bias], parameters[head.weight], parameters[head.bias])

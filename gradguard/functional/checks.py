@@ -39,6 +39,30 @@ def check_batch_shape(inputs: Any, targets: Any) -> None:
         )
 
 
+def class_indices(targets: Tensor, name: str = "targets") -> Tensor:
+    """Class indices of any integer dtype, or bool, as int64; what is int64 already is returned as it is.
+
+    Args:
+        targets: class indices of any shape.
+        name: what the caller calls them, for the message.
+
+    Returns:
+        The same indices in int64, on the same device.
+
+    Raises:
+        InputError: for what is no tensor, and for floating-point or complex numbers: whether 2.0 is a class or a value
+            is for the user to say.
+    """
+    if not isinstance(targets, Tensor):
+        raise InputError(f"`{name}` must be a tensor of class indices, got {type(targets).__name__}.")
+    if targets.is_floating_point() or targets.is_complex():
+        raise InputError(
+            f"`{name}` must be class indices, integers of any width, got {targets.dtype}. Where they are whole numbers "
+            f"write `{name}.long()`; class probabilities have shape (B, C)."
+        )
+    return targets if targets.dtype == torch.int64 else targets.to(torch.int64)
+
+
 def check_devices(inputs: Tensor, targets: Any, device: torch.device) -> None:
     """Raises `InputError` unless everything is on the model's device."""
     parts = targets if isinstance(targets, dict) else {"targets": targets}
@@ -59,8 +83,9 @@ def check_labels(outputs: Any, targets: Any, loss_fn: LossFunction) -> None:
     """
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return
-    if targets.dtype not in INDEX_DTYPES or outputs.ndim < 2:
+    if targets.is_floating_point() or targets.is_complex() or outputs.ndim < 2:
         return
+    targets = class_indices(targets)
     if targets.shape == (*outputs.shape[:1], *outputs.shape[2:]):
         classes = outputs.shape[1]
     elif targets.shape == outputs.shape[:-1]:

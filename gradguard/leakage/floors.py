@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gradguard.errors import InputError
 from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.restriction import sent_only
 from gradguard.functional.vectors import Gradient, flatten
 from gradguard.leakage.influence import fits_dense
 from gradguard.leakage.spectrum import GRAM_SIZE, dense_eigenpairs, gram_eigenpairs, gram_matrix, probe
@@ -85,9 +86,9 @@ def cramer_rao_floor(
     """The least mean squared error of an unbiased attacker: `tr((J N^{-1} J^T)^{-1}) / D` (Hannun et al. 2021).
 
     Give one of `variance`, of the noise on the (batch's) gradient: a number, or a dictionary with a number or a tensor
-    in the parameter's shape for each parameter (`inf`: not sent); and `covariance`: `u -> K u`, shape of the inputs,
-    for noise `J^T d`, `d ~ N(0, K)`: `tr(K) / D`. `rounds`: gradients of the same example under fresh noise, which
-    divide the noise by as many.
+    in the parameter's shape for each parameter (`inf`, or no entry: not sent); and `covariance`: `u -> K u`, shape of
+    the inputs, for noise `J^T d`, `d ~ N(0, K)`: `tr(K) / D`. `rounds`: gradients of the same example under fresh
+    noise, which divide the noise by as many.
 
     `method`: "dense" takes the singular values of `J`, "gram" the eigenvalues of `J J^T` (`n` products; those below its
     rounding count as undetermined), "lanczos" neither: stochastic quadrature with `probes` random vectors, at most
@@ -364,16 +365,11 @@ def _precision(jacobian: InputJacobian, variance: Variance | None) -> Precision:
         if not 0 < variance < math.inf:
             raise InputError(f"`variance` must be positive and finite, got {variance}.")
         return 1 / float(variance)
-    if set(variance) != set(jacobian.parameters):
-        missing, unexpected = set(jacobian.parameters) - set(variance), set(variance) - set(jacobian.parameters)
-        raise InputError(
-            "`variance` does not name the model's parameters: "
-            f"missing {sorted(missing)[:5]}, unexpected {sorted(unexpected)[:5]}. "
-            "A parameter whose gradient is not sent has variance `inf`."
-        )
+    sent_only(jacobian, list(variance))  # refuses other names, and none at all
     precision = {}
     for name, parameter in jacobian.parameters.items():
-        value = torch.as_tensor(variance[name], dtype=torch.float64, device=parameter.device)
+        # What was not sent is as good as hidden by noise without bounds.
+        value = torch.as_tensor(variance.get(name, math.inf), dtype=torch.float64, device=parameter.device)
         if value.ndim and value.shape != parameter.shape:
             raise InputError(
                 f"`variance[{name!r}]` has shape {tuple(value.shape)}; it must be a number or {tuple(parameter.shape)}."

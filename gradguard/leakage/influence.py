@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradguard.errors import InputError
 from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.restriction import sent_only
 from gradguard.functional.vectors import Gradient, flatten
 from gradguard.linalg import (
     dense_least_squares,
@@ -84,7 +85,9 @@ def influence(
     wherever the device has it: small eigenvalues of `J J^T`, which influence is made of, are lost in float32.
 
     `delta`: the perturbation of the (batch's) gradient, one tensor per parameter; per example it may also be
-    `(B, *parameter_shape)`. `damping`: the paper's `eps`, added to `J J^T`; its published tables use 1.
+    `(B, *parameter_shape)`. Parameters that it does not name were not sent: the attacker knows nothing of their
+    gradient, and `J` is that of the others (`functional.restriction`). `damping`: the paper's `eps`, added to
+    `J J^T`; its published tables use 1.
     `method`: "dense" forms `J` (small inputs) and is right at any condition number; "lanczos" solves in input space and
     never holds a parameter-sized vector per example, at condition numbers of `J` up to 1e6 or so; "lsmr" does with a
     worse one, and holds such vectors; "auto" is dense where `J` is small, else Lanczos. `tolerance`, `max_iterations`:
@@ -96,7 +99,7 @@ def influence(
         raise InputError(f"`damping` must not be negative, got {damping}.")
     if method not in ("auto", "lanczos", "lsmr", "dense"):
         raise InputError(f'`method` must be "auto", "lanczos", "lsmr" or "dense", got {method!r}.')
-    delta = _checked_delta(jacobian, delta)
+    jacobian, delta = _of_what_was_sent(jacobian, delta)
 
     def solve(part: InputJacobian, delta: Gradient) -> Influence:
         part = part if part.inputs.device.type == "mps" else part.in_dtype(torch.float64)  # MPS has none
@@ -151,7 +154,7 @@ def influence_lower_bound(
     """
     if method not in ("lanczos", "trace"):
         raise InputError(f'`method` must be "lanczos" or "trace", got {method!r}.')
-    delta = _checked_delta(jacobian, delta)
+    jacobian, delta = _of_what_was_sent(jacobian, delta)
     chunk = jacobian.chunk_size or jacobian.num_problems
     starts = repeat(None) if start is None else iter(start.split(chunk))
     randoms = repeat(None) if random is None else iter(random.split(chunk))
@@ -201,17 +204,26 @@ def _by_chunk(measure: Callable[[InputJacobian, Gradient], Result], jacobian: In
     return type(found[0])(**merged)
 
 
-def _checked_delta(jacobian: InputJacobian, delta: Mapping[str, Tensor]) -> Gradient:
-    """`delta` in the parameters' order; `InputError` if it lacks some, or has the wrong number of rows."""
-    missing = set(jacobian.parameters) - set(delta)
-    if missing:
-        raise InputError(f"`delta` lacks parameters of the model: {sorted(missing)[:5]}.")
+def _of_what_was_sent(jacobian: InputJacobian, delta: Mapping[str, Tensor]) -> tuple[InputJacobian, Gradient]:
+    """`J` restricted to the parameters that `delta` names, and `delta` in their order.
+
+    Raises `InputError` for a `delta` without a name, with one of no parameter, or with the wrong number of rows.
+    """
+    if not isinstance(delta, Mapping):
+        raise InputError(f"`delta` is a dictionary keyed as `named_parameters()`, got {type(delta).__name__}.")
+    jacobian = sent_only(jacobian, list(delta))
     checked = {n: delta[n] for n in jacobian.parameters}
     if not _shared(jacobian, checked):
-        for value in checked.values():
+        for name, value in checked.items():
+            shape = jacobian.parameters[name].shape
+            if value.shape[1:] != shape or value.ndim != len(shape) + 1:
+                raise InputError(
+                    f"`delta[{name!r}]` has shape {tuple(value.shape)}; it must be {tuple(shape)}, or "
+                    f"{(jacobian.num_problems, *shape)} for one perturbation per problem."
+                )
             if len(value) != jacobian.num_problems:
                 raise InputError(f"`delta` holds {len(value)} perturbations for {jacobian.num_problems} problems.")
-    return checked
+    return jacobian, checked
 
 
 def _shared(jacobian: InputJacobian, delta: Gradient) -> bool:

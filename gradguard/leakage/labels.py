@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from gradguard.errors import InputError
+from gradguard.functional.checks import class_indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +61,15 @@ def label_recovery(recovered: Tensor, true: Tensor) -> LabelRecovery:
 
 
 def count_labels(labels: Tensor, num_classes: int) -> Tensor:
-    """How often each class stands in `labels` `(B,)` int64: shape `(C,)` int64, on the labels' device.
+    """How often each class stands in `labels` `(B,)`, integers of any width: `(C,)` int64, on the labels' device.
 
     Raises `InputError` for labels that are no class indices `0 .. num_classes - 1`.
     """
-    if labels.ndim != 1 or labels.is_floating_point():
-        raise InputError(
-            f"`labels` must be class indices of shape (B,), got {labels.dtype} of shape {tuple(labels.shape)}."
-        )
+    labels = class_indices(labels, "labels")
+    if labels.ndim != 1:
+        raise InputError(f"`labels` must be class indices of shape (B,), got shape {tuple(labels.shape)}.")
+    if not isinstance(num_classes, Integral) or num_classes < 1:
+        raise InputError(f"`num_classes` must be a positive whole number, got {num_classes!r}.")
     if ((labels < 0) | (labels >= num_classes)).any():
         raise InputError(
             f"`labels` go from {int(labels.min())} to {int(labels.max())}; with {num_classes} classes they must lie in "

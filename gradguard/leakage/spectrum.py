@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradguard.errors import InputError
 from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.restriction import SentJacobian
 from gradguard.leakage.influence import fits_dense
 from gradguard.linalg import (
     FunctionProduct,
@@ -265,7 +266,7 @@ def spectral_density(
     if probes < 2 or steps < 1:
         raise InputError(f"`probes` must be at least 2 and `steps` at least 1, got {probes} and {steps}.")
     start = random_signs(jacobian.gram_operator(), probes, generator)
-    found = probe(jacobian, InputJacobian.gram_operator, torch.ones_like, start, steps=steps)
+    found = probe(jacobian, lambda whole: whole.gram_operator(), torch.ones_like, start, steps=steps)
     return SpectralDensity(found.nodes, found.weights, found.iterations)
 
 
@@ -305,7 +306,7 @@ def gram_eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:
 Build = Callable[[InputJacobian], LinearOperator]
 
 
-def gram_matrix(jacobian: InputJacobian, build: Build = InputJacobian.gram_operator) -> Tensor:
+def gram_matrix(jacobian: InputJacobian, build: Build = lambda whole: whole.gram_operator()) -> Tensor:
     """`build(jacobian)`, `J J^T` or a relative of it, as matrices `(R, n, n)`, from `n` products."""
     rows, n = jacobian.num_problems, jacobian.size
     like = jacobian.inputs

@@ -357,8 +357,8 @@ def test_bad_arguments(convnet, cross_entropy, batch):
     ):
         with pytest.raises(InputError, match="`variance` must be positive and finite, got 0"):
             floor(0.0)
-        with pytest.raises(InputError, match="does not name the model's parameters: missing"):
-            floor({name: 1.0})
+        with pytest.raises(InputError, match="No parameter was sent"):
+            floor({})
         with pytest.raises(InputError, match="has shape"):
             floor(fine | {name: torch.ones(2)})
         with pytest.raises(InputError, match="must be positive, its smallest value is -1"):

@@ -73,5 +73,14 @@ def test_count_labels_refuses_labels_out_of_range(labels):
 
 
 def test_count_labels_refuses_what_is_no_class_index():
-    with pytest.raises(InputError, match=r"class indices of shape \(B,\)"):
+    with pytest.raises(InputError, match=r"integers of any width, got torch\.float32"):
         count_labels(torch.tensor([0.5, 1.0]), 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8])
+def test_count_labels_in_any_integer_dtype(dtype):
+    assert count_labels(torch.tensor([3, 0, 3]).to(dtype), 5).tolist() == [1, 0, 0, 2, 0]
+
+
+def test_count_labels_of_truth_values():
+    assert count_labels(torch.tensor([True, False, True]), 2).tolist() == [1, 2]

@@ -182,6 +182,18 @@ def observed_head(observation: Observation, *, needs_bias: bool) -> Classificati
             f"The observation says `num_classes={observation.num_classes}`, the head {name!r} has {head.num_classes} "
             "outputs. Give the same number, or leave it out."
         )
+    if head.weight not in observation.sent:
+        raise InputError(
+            f"Labels are restored from the gradient of the head {name!r}, and that of {head.weight!r} was not sent. "
+            'Give the attacker the labels, or attack with labels as variables (`labels="joint"`).'
+        )
+    if head.bias is not None and head.bias not in observation.sent:
+        if needs_bias:
+            raise InputError(
+                f"The gradient of the head's bias, {head.bias!r}, was not sent, and iLRG divides by it. Use "
+                "`LabelSystem()`, or `IDLGLabel()` for a single example."
+            )
+        head = replace(head, bias=None)
     if needs_bias and head.bias is None:
         raise UnsupportedModelError(
             f"The head {name!r} has no trainable bias. iLRG divides the weight's gradient by the bias's. Without one "

@@ -204,7 +204,8 @@ class RestoredCounts:
     """What `restore_label_counts` found.
 
     `counts`: `(C,)` int64, sums to `B`; `solution`: `(C,)`, before rounding; `probabilities`: `(C, C)`, row `j` for
-    class `j`; `mismatch`: see `head_mismatch`; `refinement`: which answer was kept, 0 for the paper's.
+    class `j`; `mismatch`: see `head_mismatch`; `refinement`: which answer was kept, 0 for the paper's. `scale`: the
+    factor of the gradient, found where it was unknown; `identified`: whether no other factor explains it as well.
     """
 
     counts: Tensor
@@ -212,6 +213,8 @@ class RestoredCounts:
     probabilities: Tensor
     mismatch: float
     refinement: int
+    scale: float = 1.0
+    identified: bool = True
 
 
 def restore_label_counts(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradguard.attacks._labels.classification_head import ClassificationHead, observed_head
 from gradguard.attacks._labels.counts import idlg_label, labels_of, sparsified
+from gradguard.attacks._labels.scale import free_scale_label, solve_system_and_scale
 from gradguard.attacks._labels.system import SystemCounts, solve_label_system
 from gradguard.threats.observation import Observation
 
@@ -23,10 +24,11 @@ def infer_labels(observation: Observation) -> Tensor:
     head = observed_head(observation, needs_bias=False)
     sent = observation.sent
     if observation.batch_size == 1:
-        return idlg_label(sent[head.weight], sent[head.bias] if head.bias is not None else None)[None]
+        tell = idlg_label if observation.scale is not None else free_scale_label
+        return tell(sent[head.weight], sent[head.bias] if head.bias is not None else None)[None]
     # What local steps add, or sparsification took away, the system's equations know nothing of.
     trust = math.inf if observation.local is not None or sparsified(sent[head.weight]) else 0.05
-    return labels_of(solve_observed_system(observation, head, trust=trust).counts)
+    return labels_of(solve_observed_system(observation, head, trust=trust)[0].counts)
 
 
 def solve_observed_system(
@@ -36,24 +38,26 @@ def solve_observed_system(
     trust: float = 0.05,
     rounds: int = 8,
     generator: torch.Generator | None = None,
-) -> SystemCounts:
-    """`solve_label_system` on an observation's head."""
+) -> tuple[SystemCounts, float, bool]:
+    """`solve_label_system` on an observation's head; the factor of its gradient, and whether that is certain."""
     sent = observation.sent
     # A frozen bias sends no gradient, but the server knows it.
     known = dict(observation.loss_gradient.model.named_parameters()).get(f"{head.weight[: -len('weight')]}bias")
     weight, bias = (_halfway(observation, name) for name in (head.weight, head.bias))
     assert weight is not None, "a head has a weight"
-    return solve_label_system(
-        sent[head.weight],
-        sent[head.bias] if head.bias is not None else None,
-        weight,
-        bias if bias is not None else known,
+    tensors = (sent[head.weight], sent[head.bias] if head.bias is not None else None, weight)
+    bias = bias if bias is not None or known is None else known.detach().to(weight)
+    solve = solve_label_system if observation.scale is not None else solve_system_and_scale
+    found = solve(
+        *tensors,
+        bias,
         observation.batch_size,
         nonnegative=head.nonnegative,
         trust=trust,
         rounds=rounds,
         generator=generator,
     )
+    return (found, 1.0, True) if isinstance(found, SystemCounts) else found
 
 
 def _halfway(observation: Observation, name: str | None) -> Tensor | None:
@@ -61,7 +65,7 @@ def _halfway(observation: Observation, name: str | None) -> Tensor | None:
     if name is None:
         return None
     parameter = observation.loss_gradient.parameters()[name]
-    if observation.local is None:
-        return parameter
+    if observation.local is None or observation.scale is None:
+        return parameter  # how long the way is, an unknown factor hides
     way = observation.local.learning_rate * observation.local.steps
     return parameter - way / 2 * observation.sent[name].to(parameter)

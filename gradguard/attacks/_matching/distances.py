@@ -1,7 +1,11 @@
 """How far a trial's gradient is from the sent one: what gradient matching minimises.
 
 All take gradients name by name, the trials' `(T, *parameter_shape)` and the sent one's `(T or 1, *parameter_shape)`,
-and give one number per trial, `(T,)`, zero where they agree.
+and give one number per trial, `(T,)`, zero where they agree. The names are those that were sent.
+
+Where the sent gradient is `c g` with a factor `c` that the attacker does not know, the distance is taken at the factor
+that makes it least, which is known in closed form for each trial (`scaled`). By the envelope theorem its derivative is
+that at this factor held fixed.
 """
 
 from __future__ import annotations
@@ -25,8 +29,23 @@ class Distance(ABC):
     def __call__(self, own: Gradient, sent: Gradient) -> Tensor:
         """`(T,)`, zero where the two agree."""
 
+    def scale(self, own: Gradient, sent: Gradient) -> Tensor:
+        """The factor `c` of `own` that comes closest to `sent`, of either sign: `(T,)`; unweighted by default."""
+        return best_scale(own, sent)
+
+    def scaled(self, own: Gradient, sent: Gradient) -> Tensor:
+        """The distance of `c own` from `sent` at the best factor `c`: `(T,)`."""
+        scale = self.scale(own, sent)
+        return self({n: g * scale.reshape(-1, *[1] * (g.ndim - 1)) for n, g in own.items()}, sent)
+
     def check(self, parameters: Mapping[str, Tensor]) -> None:
-        """Raise `InputError` if this distance does not fit a model with these parameters."""
+        """Raise `InputError` if this distance does not fit gradients of these parameters, those that were sent."""
+
+
+def best_scale(own: Gradient, sent: Gradient, weights: Mapping[str, float] | None = None) -> Tensor:
+    """`c = <own, sent> / <own, own>`, which makes `|c own - sent|^2` least: `(T,)`; 0 where `own` is 0."""
+    square = inner(own, own, weights)
+    return inner(own, sent, weights) / square.clamp_min(torch.finfo(square.dtype).tiny)
 
 
 def inner(one: Gradient, other: Gradient, weights: Mapping[str, float] | None = None) -> Tensor:
@@ -55,6 +74,10 @@ class SquaredDistance(Distance):
         gap = difference(own, sent)
         return inner(gap, gap, self.weights) / inner(sent, sent, self.weights)
 
+    def scale(self, own: Gradient, sent: Gradient) -> Tensor:
+        """`(T,)`, under the weights."""
+        return best_scale(own, sent, self.weights)
+
     def check(self, parameters: Mapping[str, Tensor]) -> None:
         """Weights are of parameters that there are."""
         check_weights(self.weights, parameters)
@@ -76,6 +99,10 @@ class CosineDistance(Distance):
         lengths = (inner(g, g, self.weights).clamp_min(tiny).sqrt() for g in (own, sent))
         return 1 - product / (next(lengths) * next(lengths))
 
+    def scale(self, own: Gradient, sent: Gradient) -> Tensor:
+        """`(T,)`, under the weights."""
+        return best_scale(own, sent, self.weights)
+
     def check(self, parameters: Mapping[str, Tensor]) -> None:
         """Weights are of parameters that there are."""
         check_weights(self.weights, parameters)
@@ -96,6 +123,12 @@ class MahalanobisDistance(Distance):
         gap = difference(own, sent)
         scaled = {n: g / self._of(n, g) for n, g in gap.items()}
         return inner(scaled, gap) / sum(g[0].numel() for g in own.values())
+
+    def scale(self, own: Gradient, sent: Gradient) -> Tensor:
+        """`(T,)`, the likeliest factor."""
+        white = {n: g / self._of(n, g) for n, g in own.items()}
+        square = inner(white, own)
+        return inner(white, sent) / square.clamp_min(torch.finfo(square.dtype).tiny)
 
     def check(self, parameters: Mapping[str, Tensor]) -> None:
         """Every parameter has a positive variance."""
@@ -121,7 +154,10 @@ def check_weights(weights: Mapping[str, float] | None, parameters: Mapping[str, 
         return
     unknown = sorted(set(weights) - set(parameters))
     if unknown:
-        raise InputError(f"`weights` name {unknown[:3]}, which are no parameters; there are {list(parameters)[:5]}...")
+        raise InputError(
+            f"`weights` name {unknown[:3]}, which are no parameters whose gradient was sent; there are "
+            f"{list(parameters)[:5]}, for instance."
+        )
     if min(weights.values(), default=0.0) < 0:
         raise InputError("`weights` must not be negative.")
     if not any(weights.get(n, 1.0) > 0 for n in parameters):

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from gradguard.attacks._labels.classification_head import observed_head
 from gradguard.attacks._labels.inference import infer_labels
 from gradguard.attacks._matching.distances import Distance, SquaredDistance
 from gradguard.attacks._matching.lbfgs import LBFGS
@@ -27,7 +28,7 @@ from gradguard.attacks._matching.progress import Checkpoint, progress_bar
 from gradguard.attacks._matching.run import MatchingRun
 from gradguard.attacks._matching.search import Optimiser, rows_where
 from gradguard.attacks._matching.trials import LabelMode, Trials, check_alike
-from gradguard.attacks.base import Attack
+from gradguard.attacks.base import Attack, check_generator, failures_of
 from gradguard.errors import InputError
 from gradguard.threats.observation import Observation, Reconstruction
 
@@ -66,6 +67,8 @@ class MatchingAttack(Attack):
     """
 
     takes_local_training: ClassVar[bool] = True
+    takes_missing_gradients: ClassVar[bool] = True
+    takes_free_scale: ClassVar[bool] = True
 
     restarts: int = 4
     polish: int = 0
@@ -90,6 +93,8 @@ class MatchingAttack(Attack):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"`{name}` must be positive or None, got {value}.")
+        if self.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"`dtype` must be torch.float32 or torch.float64 to search in, got {self.dtype}.")
         _ = self.optimiser, self.distance, self.penalties  # their options are checked now, not when they are used
 
     # ------------------------------------------------------------------ what a variant chooses
@@ -136,12 +141,17 @@ class MatchingAttack(Attack):
     # ------------------------------------------------------------------ the attack
 
     def check(self, observation: Observation) -> None:
-        """Labels that are variables need a number of classes; a box needs a range."""
+        """Labels that are variables need a number of classes; those to be inferred the head; and all a gradient."""
+        if not any(bool(g.any()) for g in observation.sent.values()):
+            raise InputError("The sent gradient is zero everywhere: nothing about the inputs follows from it.")
         if observation.labels is None and self.labels != "inferred" and observation.num_classes is None:
             raise InputError(
                 f"{self.name} with unknown labels optimises class probabilities and needs `num_classes` in the "
                 "observation; give it, or the labels themselves."
             )
+        Trials([observation], distance=self.distance, penalties=self.penalties)  # refuses what does not fit the model
+        if observation.labels is None and self.labels == "inferred":
+            observed_head(observation, needs_bias=False)
         if observation.local is not None and self.polish:
             raise InputError(
                 f"{self.name}'s polish needs the gradient of a single step, and this client took "
@@ -176,13 +186,16 @@ class MatchingAttack(Attack):
         `observations`: of one kind (model, shapes, what is known). Starts are drawn for one after the other, so each
         begins as it would alone. `seconds` of a result are those of all together over their number.
         """
+        check_generator(generator)
         check_alike(observations)
         for observation in observations:
             self.check_all(observation)
         began = time.perf_counter()
-        results = self._run(observations, generator, progress, checkpoint)
-        seconds = (time.perf_counter() - began) / len(observations)
-        return [self.finished(o, r, seconds) for o, r in zip(observations, results, strict=True)]
+        with failures_of(self, observations[0]):
+            unscaled = [o.at_unit_scale() for o in observations]
+            results = self._run(unscaled, generator, progress, checkpoint)
+            seconds = (time.perf_counter() - began) / len(observations)
+            return [self.finished(o, r, seconds) for o, r in zip(observations, results, strict=True)]
 
     def run(self, observation: Observation, generator: torch.Generator | None) -> Reconstruction:
         """One observation's trials."""

@@ -2,19 +2,23 @@
 
 Each step solves `min_s |J^T s + r|^2 + mu |s|^2` with `r = g(x) - sent` and the input Jacobian `J` at `x`, the very
 operator that measures leakage. Near a solution it converges superlinearly, where first-order attacks crawl.
-Sources: Nocedal & Wright 2006, section 10.3; the damping rule is Nielsen 1999.
+Where the factor `c` of the sent gradient is unknown, the residual is `c g(x) - sent` at the best `c`, and what a step
+changes along `g` is projected out, since `c` makes up for it: variable projection.
+Sources: Nocedal & Wright 2006, section 10.3; the damping rule is Nielsen 1999; variable projection is Golub & Pereyra
+1973, with the derivative of Kaufman 1975.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
 
 from gradguard.attacks._matching.lbfgs import Minima
+from gradguard.attacks._matching.trials import Trials
 from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.restriction import sent_only
 from gradguard.functional.vectors import Gradient, flatten
-from gradguard.linalg import dense_least_squares, lsmr
+from gradguard.linalg import LinearOperator, dense_least_squares, lsmr
 from gradguard.threats.observation import Observation
 
 #: `J` of all trials is formed where it takes at most this many elements (512 MiB in float64) and few rows.
@@ -49,44 +53,50 @@ def levenberg_marquardt(
     Returns points `(T, B D)` and values: the relative squared matching loss. For `T B D` inputs that are too many
     for a dense `J` the step is solved by at most `inner_iterations` of LSMR.
     """
-    function = observation.loss_gradient
-    parameters = function.parameters()
-    all_sent = flatten(observation.sent)[None] if sent is None else flatten(sent, batch_dims=1)
+    trials = Trials([observation])
+    function, names, free = trials.function, list(trials.sent), trials.free_scale
+    all_sent = flatten(trials.sent if sent is None else {n: sent[n] for n in names}, batch_dims=1)
     all_sent = all_sent.expand(len(inputs), -1)
     all_groups = torch.arange(len(inputs), device=inputs.device) if groups is None else groups
 
-    def gradient_of(x: Tensor, y: Tensor) -> Tensor:
-        g: Gradient = grad(function.loss)(parameters, x, y)
-        return flatten(g)
+    def residual_at(x: Tensor, labels: Tensor, sent: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(c g(x) - sent) / |sent|`, the factor `c / |sent|`, and the direction of `g`, where `c` is free."""
+        own = flatten(trials.own(x.unflatten(1, shape), labels), batch_dims=1)
+        if not free:
+            return (own - sent) / scale[:, None], 1 / scale, own[:, :0]
+        length = _length(own).clamp_min(torch.finfo(own.dtype).tiny)
+        direction = own / length[:, None]
+        factor = (direction * sent).sum(-1) / length
+        return (factor[:, None] * own - sent) / scale[:, None], factor / scale, direction
 
-    residual_of = vmap(gradient_of)
     shape = inputs.shape[1:]
     rows = torch.arange(len(inputs), device=inputs.device)
     going = _Going(
         x=inputs.flatten(1).clone(), labels=labels, sent=all_sent, groups=all_groups, scale=_length(all_sent)
     )
-    going.residual = (residual_of(inputs, labels) - going.sent) / going.scale[:, None]
+    going.residual, going.factor, going.direction = residual_at(going.x, labels, going.sent, going.scale)
     going.value = (going.residual * going.residual).sum(-1)
     going.growth = torch.full_like(going.value, 2.0)
     going.done = ~torch.isfinite(going.value)
     points, values, done = going.x.clone(), going.value.clone(), going.done.clone()
     iteration = 0
     while iteration < iterations and len(rows):
-        jacobian = InputJacobian.of_trials(function, going.x.unflatten(1, shape), going.labels)
+        jacobian = sent_only(InputJacobian.of_trials(function, going.x.unflatten(1, shape), going.labels), names)
+        model = _LinearModel(jacobian, going.factor, going.direction)
         if iteration == 0:
             # In units of J J^T: the squared length of J^T along a random direction, the same for every trial. (No
             # constant one: networks that subtract their input's mean do not see it, and damping 0 never grows.)
             probe = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(inputs)
             probe = (probe / probe.norm()).flatten().expand_as(going.x)
-            image = jacobian.transpose_operator().matvec(probe) / going.scale[:, None]
+            image = model.operator.matvec(probe)
             going.damping = 1e-3 * (image * image).sum(-1)
         iteration += 1
-        step = _step(jacobian, going.residual, going.damping, going.scale, inner_iterations)
+        step = _step(model, going.residual, going.damping, inner_iterations)
         candidate = going.x + step
-        residual = (residual_of(candidate.unflatten(1, shape), going.labels) - going.sent) / going.scale[:, None]
+        residual, factor, direction = residual_at(candidate, going.labels, going.sent, going.scale)
         value = (residual * residual).sum(-1)
         better = torch.isfinite(value) & (value < going.value) & ~going.done
-        predicted = going.value - _linear_value(jacobian, going.residual, step, going.scale)
+        predicted = going.value - _linear_value(model, going.residual, step)
         gained = going.value - value
         ratio = gained / predicted.clamp_min(torch.finfo(value.dtype).tiny)
         stuck = (gained.abs() <= LEAST_GAIN * going.value) & (predicted <= LEAST_GAIN * going.value)
@@ -94,6 +104,8 @@ def levenberg_marquardt(
         going.x = torch.where(better[:, None], candidate, going.x)
         going.residual = torch.where(better[:, None], residual, going.residual)
         going.value = torch.where(better, value, going.value)
+        going.factor = torch.where(better, factor, going.factor)
+        going.direction = torch.where(better[:, None], direction, going.direction)
         shrink = (1 - (2 * ratio - 1) ** 3).clamp_min(1 / 3)
         going.damping = going.damping * torch.where(better, shrink, going.growth)
         going.growth = torch.where(better, torch.full_like(going.growth, 2.0), going.growth * 2)
@@ -113,6 +125,7 @@ class _Going:
         self.x, self.labels, self.sent = state["x"], state["labels"], state["sent"]
         self.groups, self.scale = state["groups"], state["scale"]
         self.residual = self.value = self.damping = self.growth = self.done = state["scale"]
+        self.factor = self.direction = state["scale"]
 
     def select(self, rows: Tensor) -> None:
         """Keep the trials `rows` only."""
@@ -132,27 +145,57 @@ def _length(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-1)
 
 
-def _step(jacobian: InputJacobian, residual: Tensor, damping: Tensor, scale: Tensor, inner_iterations: int) -> Tensor:
-    """`argmin_s |J^T s / scale + r|^2 + damping |s|^2`, the more exactly the smaller `r` is."""
+class _LinearModel:
+    """How the residual of each trial moves with its inputs: `P J^T c / |sent|`.
+
+    `factor`: `(T,)`, `c / |sent|`; `direction`: `(T, P)`, of the trial's own gradient, which `P` projects out since a
+    free factor makes up for it, or `(T, 0)` where the factor is known.
+    """
+
+    def __init__(self, jacobian: InputJacobian, factor: Tensor, direction: Tensor) -> None:
+        self.jacobian, self.factor, self.direction = jacobian, factor[:, None], direction
+        whole = jacobian.transpose_operator()
+        self.operator = LinearOperator(
+            lambda step: self._projected(self.factor * whole.matvec(step)),
+            lambda residual: self.factor * whole.rmatvec(self._projected(residual)),
+            whole.shape,
+            whole.like,
+        )
+
+    def dense(self) -> Tensor:
+        """`(T, P, B D)`."""
+        matrix = self.jacobian.dense().mT * self.factor[..., None]
+        if not self.direction.shape[1]:
+            return matrix
+        return matrix - self.direction[..., None] * (self.direction[:, None] @ matrix)
+
+    def _projected(self, vectors: Tensor) -> Tensor:
+        if not self.direction.shape[1]:
+            return vectors
+        return vectors - self.direction * (self.direction * vectors).sum(-1, keepdim=True)
+
+
+def _step(model: _LinearModel, residual: Tensor, damping: Tensor, inner_iterations: int) -> Tensor:
+    """`argmin_s |A s + r|^2 + damping |s|^2` with the linear model `A`, the more exactly the smaller `r` is."""
+    jacobian = model.jacobian
     elements = jacobian.num_problems * jacobian.size * jacobian.gradient.num_parameters
     if jacobian.size <= DENSE_SIZE and elements <= DENSE_ELEMENTS:
-        matrix = jacobian.dense().mT / scale[:, None, None]
+        matrix = model.dense()
         # A trial where the network overflows has lost; a decomposition of its J would end the others with it.
         finite = torch.isfinite(matrix).flatten(1).all(-1)
         matrix = torch.where(finite[:, None, None], matrix, torch.zeros_like(matrix))
         return dense_least_squares(matrix, -residual, damping=damping.sqrt()).solution
-    operator = jacobian.transpose_operator()
     return lsmr(
-        operator,
-        -residual * scale[:, None],
-        damping=damping.sqrt() * scale,
+        model.operator,
+        -residual,
+        damping=damping.sqrt(),
         max_iterations=inner_iterations,
         tolerance=1e-8,
         reduction=_length(residual).sqrt().clamp_max(FORCING),
     ).solution
 
 
-def _linear_value(jacobian: InputJacobian, residual: Tensor, step: Tensor, scale: Tensor) -> Tensor:
-    """`|r + J^T s|^2`, what the linear model expects after the step."""
-    moved = residual + jacobian.transpose_operator().matvec(step) / scale[:, None]
+def _linear_value(model: _LinearModel, residual: Tensor, step: Tensor) -> Tensor:
+    """`|r + A s|^2`, what the linear model expects after the step."""
+    moved = residual + model.operator.matvec(step)
     return (moved * moved).sum(-1)

@@ -87,7 +87,8 @@ class Checkpoint:
 
 def _fingerprint(attack: Attack, trials: Trials) -> str:
     """A hash of everything that decides how the attack goes, but for its random numbers."""
-    digest = hashlib.sha256(repr((attack, trials.shape, trials.label_mode, str(trials.observation.local))).encode())
+    threat = (trials.shape, trials.label_mode, str(trials.observation.local), tuple(trials.sent), trials.free_scale)
+    digest = hashlib.sha256(repr((attack, *threat)).encode())
     tensors = [*trials.parameters.values(), *trials.function.constants().values(), *trials.sent.values()]
     for tensor in [*tensors, *([] if trials.labels is None else [trials.labels])]:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

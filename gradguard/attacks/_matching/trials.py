@@ -59,10 +59,13 @@ class Trials:
         self.num_classes = first.num_classes or 0
         self.distance, self.penalties = distance or SquaredDistance(), tuple(penalties)
         self.chunk_size = chunk_size
-        self.sent = {n: torch.stack([o.sent[n] for o in observations]).to(p) for n, p in self.parameters.items()}
+        known = {n: p for n, p in self.parameters.items() if n in first.sent}
+        self.sent = {n: torch.stack([o.sent[n] for o in observations]).to(p) for n, p in known.items()}
+        #: Whether the factor of the sent gradient is unknown, and the best one is taken for each trial.
+        self.free_scale = first.scale is None
         #: Which picture each trial is of.
         self.picture = torch.arange(len(observations), device=self.function.device).repeat_interleave(restarts)
-        self.distance.check(self.parameters)
+        self.distance.check(known)
         for penalty in self.penalties:
             penalty.check(self)
 
@@ -117,11 +120,15 @@ class Trials:
         with torch.enable_grad():
             targets = self.targets(points, rows)
         own, pull_back = self.gradients(self.inputs(points).detach(), targets.detach())
-        leaves = {n: g.detach().requires_grad_(True) for n, g in own.items()}
+        leaves = {n: own[n].detach().requires_grad_(True) for n in self.sent}
         with torch.enable_grad():
-            values = self.distance(leaves, self._sent(rows))
+            values = self._distance(self.distance, leaves, rows)
             slopes = torch.autograd.grad(values.sum(), list(leaves.values()))
-        by_inputs, by_targets = pull_back(dict(zip(leaves, slopes, strict=True)))
+        change = dict(zip(leaves, slopes, strict=True))
+        # What was not sent may be anything: nothing depends on it.
+        by_inputs, by_targets = pull_back(
+            {n: change[n] if n in change else torch.zeros_like(g) for n, g in own.items()}
+        )
         gradient = by_inputs.flatten(1)
         if self.labels is None:
             assert by_targets is not None, "targets are variables"
@@ -130,11 +137,23 @@ class Trials:
         return values.detach(), gradient
 
     def matching_losses(self, inputs: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
-        """`|own - sent|^2 / |sent|^2` whatever the objective: `(R,)` for `inputs` `(R, B, *input_shape)`."""
+        """`|c own - sent|^2 / |sent|^2` whatever the objective: `(R,)` for `inputs` `(R, B, *input_shape)`.
+
+        Over what was sent; `c` is 1, or the best factor where it is free.
+        """
         chunk = self.chunk_size or len(inputs)
         parts = zip(inputs.split(chunk), targets.split(chunk), rows.split(chunk), strict=True)
         with torch.no_grad():
-            return torch.cat([SquaredDistance()(self.gradients(x, y)[0], self._sent(r)) for x, y, r in parts])
+            return torch.cat([self._distance(SquaredDistance(), self.own(x, y), r) for x, y, r in parts])
+
+    def own(self, inputs: Tensor, targets: Tensor) -> Gradient:
+        """The trials' gradients of the parameters that were sent: `(R, *parameter_shape)` each, detached."""
+        own = self.gradients(inputs, targets)[0]
+        return {n: own[n].detach() for n in self.sent}
+
+    def _distance(self, distance: Distance, own: Gradient, rows: Tensor) -> Tensor:
+        sent = self._sent(rows)
+        return distance.scaled(own, sent) if self.free_scale else distance(own, sent)
 
     def _sent(self, rows: Tensor) -> Gradient:
         if len(self.picture) == self.restarts:
@@ -169,12 +188,14 @@ def check_alike(observations: Sequence[Observation]) -> None:
         raise InputError("There is no observation to attack.")
     first = observations[0]
     for position, other in enumerate(observations[1:], start=1):
-        for name in ("batch_size", "input_shape", "num_classes", "value_range", "local"):
+        for name in ("batch_size", "input_shape", "num_classes", "value_range", "local", "not_sent"):
             if getattr(other, name) != getattr(first, name):
                 raise InputError(
                     f"Observations that are attacked together must be of one kind: observation {position} has "
                     f"`{name}={getattr(other, name)}`, the first {getattr(first, name)}."
                 )
+        if (other.scale is None) != (first.scale is None):
+            raise InputError("Give the factors (`scale`) of all observations that are attacked together, or of none.")
         if other.loss_gradient.model is not first.loss_gradient.model:
             raise InputError(
                 f"Observations that are attacked together must share one model; observation {position} has another. "

@@ -147,6 +147,7 @@ def test_an_observation_has_no_place_for_the_truth():
         "num_classes",
         "value_range",
         "local",
+        "scale",
     }
 
 
