@@ -7,7 +7,7 @@ import math
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 
 import torch
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from gradguard.attacks import DLG, ILRG, RGAP, Attack
 from gradguard.defenses import Defense
 from gradguard.errors import InputError
+from gradguard.evaluation.measurement import MAX_ITERATIONS, Measures, difference, measure, noise_ratio
 from gradguard.evaluation.scoring import prior_psnr, score_attack
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossFunction, LossGradient, TrainMode
-from gradguard.functional.vectors import Gradient, add, flatten, norm
-from gradguard.leakage import influence, influence_lower_bound, spectrum
+from gradguard.functional.vectors import Gradient, flatten, norm
+from gradguard.leakage import spectrum
 from gradguard.policy import Policy
 from gradguard.report import LabelScore, LeakageReport, Verdict
 from gradguard.report.leakage_report import Case, Decision
@@ -28,23 +29,6 @@ from gradguard.threats.model import ThreatModel
 
 #: What an audit attacks with unless told otherwise: one closed form, one optimisation, one for the labels.
 DEFAULT_ATTACKS: tuple[Attack, ...] = (RGAP(), DLG(), ILRG())
-
-
-@dataclass(frozen=True)
-class Measures:
-    """The closed-form part of a measurement, per example (shape `(B,)`).
-
-    `predicted_error`: I2F of the difference between the gradient that is sent and the true one, in input units;
-    `converged`: of its solver; `lower_bound`; `lambda_max`: of `J J^T`; `noise_ratio`: `|sent - true| / |true|`;
-    `vectors`: `(B, D)`, the leading eigenvectors, to start the next measurement from.
-    """
-
-    predicted_error: Tensor
-    converged: Tensor
-    lower_bound: Tensor
-    lambda_max: Tensor
-    noise_ratio: float
-    vectors: Tensor
 
 
 class Guard:
@@ -65,7 +49,7 @@ class Guard:
         policy: Policy | None = None,
         threat: ThreatModel | None = None,
         train_mode: TrainMode = "error",
-        max_iterations: int = 300,
+        max_iterations: int = MAX_ITERATIONS,
     ) -> None:
         if defense is not None and not isinstance(defense, Defense):
             raise InputError(f"`defense` must be a gradguard.defenses.Defense, got {type(defense).__name__}.")
@@ -189,7 +173,7 @@ class Guard:
         complaints = self.policy.complaints(measures)
         if factor != 1.0 and complaints:
             complaints.append(f"the gradient is {factor:.3g} times the true one, which hides nothing")
-        ratio = _noise_ratio(true, given)
+        ratio = noise_ratio(true, given)
         if not complaints:
             return given if gradient is None else gradient, Verdict(
                 decision="send",
@@ -202,7 +186,7 @@ class Guard:
             reasons = (*complaints, "the guard has no defense to perturb it with")
             return None, Verdict(decision="block", reasons=reasons, noise_ratio=ratio, measures=measures)
         measures = self._judged_measures(jacobian, true, sent, verify, generator)
-        ratio = _noise_ratio(true, sent)
+        ratio = noise_ratio(true, sent)
         remaining = self.policy.complaints(measures)
         if remaining:
             reasons = (*remaining, f"even after {self._defense_name()}")
@@ -247,15 +231,17 @@ class Guard:
         leaves it at the lower bound (a training loop's step). `tolerance`, `confidence`, `start`: of the bound, see
         `influence_lower_bound`; `start` takes the `vectors` of an earlier measurement.
         """
-        delta = add({n: sent[n].to(g) for n, g in true.items()}, true, -1.0)
-        bound = influence_lower_bound(
-            jacobian, delta, tolerance=tolerance, confidence=confidence, start=start, generator=generator
+        return measure(
+            jacobian,
+            difference(true, sent),
+            exact=exact,
+            max_iterations=self.max_iterations,
+            tolerance=tolerance,
+            confidence=confidence,
+            start=start,
+            noise_ratio=noise_ratio(true, sent),
+            generator=generator,
         )
-        predicted, converged = bound.value, bound.converged
-        if exact:
-            answer = influence(jacobian, delta, max_iterations=min(jacobian.size, self.max_iterations))
-            predicted, converged = answer.value, answer.converged
-        return Measures(predicted, converged, bound.value, bound.lambda_max, _noise_ratio(true, sent), bound.vectors)
 
     def judge_report(self, report: LeakageReport, *, defended: bool) -> Verdict:
         """The policy's verdict on what an audit found: of the gradient as sent (`defended`), or of the bare one."""
@@ -366,8 +352,3 @@ def _common_factor(true: Gradient, given: Gradient) -> float:
 
 def _draw_seed(generator: torch.Generator | None) -> int:
     return int(torch.randint(2**31, (), generator=generator))
-
-
-def _noise_ratio(true: Gradient, sent: Gradient) -> float:
-    difference = add({n: sent[n].to(g) for n, g in true.items()}, true, -1.0)
-    return (norm(difference) / norm(true).clamp_min(torch.finfo(norm(true).dtype).tiny)).item()

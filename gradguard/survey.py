@@ -25,12 +25,11 @@ from torch.utils.data import Dataset, IterableDataset
 from gradguard.defenses import Defense, GaussianNoise
 from gradguard.defenses.base import randn
 from gradguard.errors import InputError
+from gradguard.evaluation.measurement import measure
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossFunction, LossGradient, TrainMode
 from gradguard.functional.vectors import flatten
 from gradguard.guard import Guard, environment
-from gradguard.leakage import influence, influence_lower_bound
-from gradguard.leakage.influence import DENSE_ELEMENTS, DENSE_SIZE
 from gradguard.report.survey_report import DTYPES, NO_CLASS, ClassSummary, ExampleSummary, Survey
 from gradguard.zoo.pictures import Pictures
 
@@ -180,24 +179,27 @@ class _Measurement:
         # Operators of batches of one, so that nothing is weighted by the number of examples in the chunk.
         jacobian = InputJacobian.of_trials(function, inputs[:, None], targets[:, None])
         # A tolerance of zero: all the steps, whatever the neighbours in the chunk need.
-        bound = influence_lower_bound(
-            jacobian, delta, tolerance=0.0, max_iterations=min(self.lanczos_steps, jacobian.size), random=start
+        found = measure(
+            jacobian,
+            delta,
+            exact=self.exact,
+            max_iterations=self.max_iterations,
+            tolerance=0.0,
+            steps=min(self.lanczos_steps, jacobian.size),
+            random=start,
         )
-        hidden = bound.lambda_max <= 0
+        bounded = found.room <= TOLERANCE * found.lambda_max
         columns = {
             "label": _labels(targets),
             "loss": losses,
             "gradient_norm": gradient_norm,
             "noise_norm": torch.linalg.vector_norm(flatten(delta, batch_dims=1), dim=-1),
-            "projection": bound.value * (bound.lambda_max + bound.residual),
-            "lambda_max": bound.lambda_max,
-            "lower_bound": bound.value.masked_fill(hidden, torch.inf),
-            "predicted_error": torch.full_like(losses, torch.nan),
-            "converged": hidden | (bound.residual <= TOLERANCE * bound.lambda_max),
+            "projection": found.projected,
+            "lambda_max": found.lambda_max,
+            "lower_bound": found.lower_bound,
+            "predicted_error": found.predicted_error if self.exact else torch.full_like(losses, torch.nan),
+            "converged": found.traceless | (found.converged if self.exact else bounded),
         }
-        if self.exact:
-            error, converged = self._predicted_error(inputs, targets, delta)
-            columns |= {"predicted_error": error.masked_fill(hidden, torch.inf), "converged": hidden | converged}
         return {name: column.cpu().to(DTYPES[name]) for name, column in columns.items()}
 
     def _random_part(
@@ -214,28 +216,6 @@ class _Measurement:
             gradient = {n: g[r] for n, g in gradients.items()}
             deltas.append(self.defense.perturbation(gradient, jacobian, generator=generator))
         return {n: torch.stack([delta[n] for delta in deltas]) for n in gradients}, torch.stack(starts)
-
-    def _predicted_error(self, inputs: Tensor, targets: Tensor, delta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """I2F and whether its solver converged. One example's size decides on the method, not the chunk's."""
-        function, size = self.function, inputs[0].numel()
-        elements = size * function.num_parameters
-        dense = size <= DENSE_SIZE and elements <= DENSE_ELEMENTS
-        # Small eigenvalues of J J^T are lost in float32; where float64 is cheap it is taken.
-        if dense and function.device.type != "mps":
-            function = function.with_dtype(torch.float64)
-        step = max(1, DENSE_ELEMENTS // elements) if dense else len(inputs)
-        values, converged = [], []
-        for rows in (slice(r, r + step) for r in range(0, len(inputs), step)):
-            x, y = function.cast(inputs[rows]), function.cast(targets[rows])
-            answer = influence(
-                InputJacobian.of_trials(function, x[:, None], y[:, None]),
-                {n: d[rows] for n, d in delta.items()},
-                method="dense" if dense else "lsmr",
-                max_iterations=min(size, self.max_iterations),
-            )
-            values.append(answer.value)
-            converged.append(answer.converged)
-        return torch.cat(values), torch.cat(converged)
 
     def _generator_device(self) -> str:
         return "cuda" if self.function.device.type == "cuda" else "cpu"

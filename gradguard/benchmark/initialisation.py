@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from gradguard.defenses import GaussianNoise
 from gradguard.errors import InputError
+from gradguard.evaluation.measurement import fits_dense, measure
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossFunction, LossGradient
-from gradguard.leakage import influence, influence_lower_bound
-from gradguard.leakage.influence import fits_dense
 from gradguard.report.theme import FONT, LIGHT, WIDTH, Theme, set_text, short, sparse_log_ticks, style_axes, title_style
 
 #: Sets a model's weights and biases in place, drawing from the generator.
@@ -282,18 +281,18 @@ def _measured(
     else:
         like, scale = parameters, torch.ones_like(length)
     delta = noise.perturbation(like, generator=generator)
+    exact = fits_dense(jacobian) if exact is None else exact
     # Tighter than the default: here lambda_max is itself a result.
-    bound = influence_lower_bound(jacobian, delta, tolerance=1e-2, generator=generator)
-    projected = torch.linalg.vector_norm(jacobian.matvec(delta).flatten(1), dim=1)
+    measures = measure(jacobian, delta, exact=exact, tolerance=1e-2, generator=generator)
     found = {
-        "lambda_max": bound.lambda_max,
-        "projected": scale * projected,
-        "bound": scale * bound.value,
+        "lambda_max": measures.lambda_max,
+        "projected": scale * measures.projected,
+        "bound": scale * measures.lower_bound,
         "gradient_norm": length,
-        "converged": bound.converged.double(),
+        "converged": measures.bound_converged.double(),
     }
-    if exact or (exact is None and fits_dense(jacobian)):
-        found["exact"] = scale * influence(jacobian, delta).value
+    if exact:
+        found["exact"] = scale * measures.predicted_error
     return found
 
 
