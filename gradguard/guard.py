@@ -16,15 +16,18 @@ from torch import Tensor, nn
 from gradguard.attacks import DLG, ILRG, RGAP, Attack
 from gradguard.defenses import Defense
 from gradguard.errors import InputError
+from gradguard.evaluation.evidence import Evidence, Scores, by_attack, of_report
+from gradguard.evaluation.judgement import Judge, Judgement, judge, most_exposed
 from gradguard.evaluation.measurement import MAX_ITERATIONS, Measures, difference, measure, noise_ratio
-from gradguard.evaluation.scoring import prior_psnr, score_attack
+from gradguard.evaluation.scoring import guess_psnr, named, prior_psnr
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossFunction, LossGradient, TrainMode
 from gradguard.functional.vectors import Gradient, flatten, norm
 from gradguard.leakage import spectrum
 from gradguard.policy import Policy
-from gradguard.report import LabelScore, LeakageReport, Verdict
-from gradguard.report.leakage_report import Case, Decision
+from gradguard.report import LeakageReport, Verdict
+from gradguard.report.leakage_report import Case
+from gradguard.report.scores import best_labels
 from gradguard.threats.model import ThreatModel
 
 #: What an audit attacks with unless told otherwise: one closed form, one optimisation, one for the labels.
@@ -89,6 +92,7 @@ class Guard:
         Raises what `LossGradient` raises, before any long work. An attack that cannot work on this model is no error:
         the report says why it did not run.
         """
+        self.threat.check_inputs(inputs)
         function = self.loss_gradient(model, loss_fn)
         with progress_bar(self._steps()) as advance:
             jacobian = InputJacobian(function, inputs, targets)
@@ -100,21 +104,14 @@ class Guard:
             advance("measuring")
             measures = self.measure(jacobian, true, sent or true, generator=generator)
             eigenvalues = spectrum(jacobian, generator=generator).values
-            attacked = self._most_exposed(measures)
-            seed = _draw_seed(generator)
-            scores: dict[str, dict] = {}
-            labels: dict = {}
-            for attack in self.attacks:
-                for case, gradient in (("without", true), ("with", sent)):
-                    if gradient is None:
-                        continue
-                    advance(f"{attack.name} {case} the defense")
-                    # The same seed for both cases: what differs is the defense, not the attack's luck.
-                    score = score_attack(attack, jacobian, true, gradient, attacked, threat=self.threat, seed=seed)
-                    if isinstance(score, LabelScore):
-                        labels[case] = score
-                    else:
-                        scores.setdefault(attack.name, {})[case] = score
+            attacked = most_exposed(measures, self.threat)
+            judging = self._judge(jacobian, true, True, generator)
+            found: dict[Case, Scores] = {}
+            gradients: dict[Case, Gradient | None] = {"without": true, "with": sent}
+            for case, gradient in gradients.items():
+                if gradient is not None:
+                    found[case] = judging.scores(gradient, attacked, partial(advance, f"{case} the defense"))
+        best = {case: best_labels(scores.labels) for case, scores in found.items()}
         report = LeakageReport(
             model=type(model).__name__,
             defense=repr(self.defense) if self.defense else None,
@@ -125,15 +122,17 @@ class Guard:
             gradient_norm=norm(true).item(),
             noise_ratio=measures.noise_ratio,
             predicted_error=measures.predicted_error.tolist(),
-            predicted_converged=measures.converged.tolist(),
+            predicted_converged=(measures.converged & ~measures.traceless).tolist(),
             lower_bound=measures.lower_bound.tolist(),
             lambda_max=measures.lambda_max.tolist(),
             spectrum=eigenvalues.tolist(),
-            attacks=scores,
-            label_recovery=labels,
+            attacks=by_attack({case: scores.inputs for case, scores in found.items()}),
+            label_attacks=by_attack({case: scores.labels for case, scores in found.items()}),
+            label_recovery={case: score for case, score in best.items() if score is not None},
             prior_psnr=prior_psnr(jacobian.inputs, attacked, threat=self.threat),
+            guess_psnr=guess_psnr(jacobian.inputs, attacked, threat=self.threat),
             environment=environment(function),
-            extra={"threat": asdict(self.threat)},
+            extra={"threat": asdict(self.threat) | {"value_range": self.threat.range_of(inputs)}},
             originals=inputs.detach()[attacked].cpu(),
         )
         return replace(report, verdict=self.judge_report(report, defended=sent is not None))
@@ -157,9 +156,12 @@ class Guard:
         `verify`: run the guard's attacks too; the verdict then rests on measures and attacks, else on measures alone.
 
         Returns the gradient to send and a verdict: "send" (the gradient as given meets the policy), "perturb" (the
-        defended one does), or "block" (neither does; the gradient is then `None`).
+        defended one does), "block" (neither does), or "unproven" (one does, and nothing proves it: no attack works on
+        the bare gradient either, or the predictions did not converge; `Policy(accept_unproven=True)` lets it pass). The
+        gradient is `None` for the last two.
         """
         function = self.loss_gradient(model, loss_fn)
+        self.threat.check_inputs(inputs)
         if gradient is not None:
             function.check_gradient(gradient)
         jacobian = InputJacobian(function, inputs, targets)
@@ -169,36 +171,25 @@ class Guard:
         if factor != 1.0:
             # A factor hides nothing: whoever receives the gradient can take it out again.
             given = {n: g / factor for n, g in given.items()}
-        measures = self._judged_measures(jacobian, true, given, verify, generator)
-        complaints = self.policy.complaints(measures)
+        judging = self._judge(jacobian, true, verify, generator)
+        judged = judging(given)
+        complaints = [*judged.complaints]
         if factor != 1.0 and complaints:
             complaints.append(f"the gradient is {factor:.3g} times the true one, which hides nothing")
-        ratio = noise_ratio(true, given)
         if not complaints:
-            return given if gradient is None else gradient, Verdict(
-                decision="send",
-                reasons=("the gradient as given meets the policy", *_caveats(measures)),
-                noise_ratio=ratio,
-                measures=measures,
-            )
+            verdict = judged.verdict("send", "the gradient as given meets the policy")
+            return (given if gradient is None else gradient) if judged.fine else None, verdict
         sent = self._defended(given, jacobian, generator)
         if sent is None:
-            reasons = (*complaints, "the guard has no defense to perturb it with")
-            return None, Verdict(decision="block", reasons=reasons, noise_ratio=ratio, measures=measures)
-        measures = self._judged_measures(jacobian, true, sent, verify, generator)
-        ratio = noise_ratio(true, sent)
-        remaining = self.policy.complaints(measures)
-        if remaining:
-            reasons = (*remaining, f"even after {self._defense_name()}")
-            return None, Verdict(decision="block", reasons=reasons, noise_ratio=ratio, measures=measures)
-        reasons = (
-            *(f"as given, {c}" for c in complaints),
-            f"after {self._defense_name()} it meets the policy",
-            *_caveats(measures),
-        )
-        return {n: g * factor for n, g in sent.items()}, Verdict(
-            decision="perturb", reasons=reasons, noise_ratio=ratio, measures=measures
-        )
+            reasons = (*complaints, *judged.caveats)
+            return None, judged.verdict("block", *reasons, "the guard has no defense to perturb it with")
+        judged = judging(sent)
+        if judged.complaints:
+            reasons = (*judged.complaints, *judged.caveats)
+            return None, judged.verdict("block", *reasons, f"even after {self._defense_name()}")
+        reasons = (*(f"as given, {c}" for c in complaints), f"after {self._defense_name()} it meets the policy")
+        allowed = {n: g * factor for n, g in sent.items()} if judged.fine else None
+        return allowed, judged.verdict("perturb", *reasons)
 
     # ------------------------------------------------------------------ the parts, for loops of one's own
 
@@ -245,25 +236,23 @@ class Guard:
 
     def judge_report(self, report: LeakageReport, *, defended: bool) -> Verdict:
         """The policy's verdict on what an audit found: of the gradient as sent (`defended`), or of the bare one."""
-        case: Case = "with" if defended else "without"
-        per_element = (math.prod(report.input_shape) ** 0.5) * self._span()
-        # `sorted` and `min` would let a NaN pass or not by its place; the tensor's minimum is NaN if any is.
-        measures = {
-            "predicted_error": torch.tensor(report.predicted_error, dtype=torch.float64).min().item() / per_element
-        }
-        psnr = [p for cases in report.attacks.values() if case in cases for p in cases[case].psnr]
-        if psnr:
-            measures["attacked_psnr"] = max(psnr)
-        if case in report.label_recovery:
-            measures["label_recovery"] = report.label_recovery[case].i_rec
-        complaints = self.policy.complaints(measures)
-        if complaints:
-            return Verdict(
-                decision="block", reasons=tuple(complaints), noise_ratio=report.noise_ratio, measures=measures
-            )
+        low, high = report.extra["threat"]["value_range"]
+        evidence = Evidence(
+            predicted_error=report.predicted_error,
+            converged=report.predicted_converged,
+            size=math.prod(report.input_shape),
+            span=high - low,
+            noise_ratio=report.noise_ratio,
+            sent=of_report(report, "with" if defended else "without"),
+            bare=of_report(report, "without"),
+            guess_psnr=report.guess_psnr,
+            attacks=named(self.attacks),
+        )
+        judged = judge(self.policy, evidence)
+        if judged.complaints:
+            return judged.verdict("block", *judged.complaints, *judged.caveats)
         reason = f"the gradient {'as sent' if defended else 'as it is'} meets the policy"
-        decision: Decision = "perturb" if defended else "send"
-        return Verdict(decision=decision, reasons=(reason,), noise_ratio=report.noise_ratio, measures=measures)
+        return judged.verdict("perturb" if defended else "send", reason)
 
     # ------------------------------------------------------------------ inside
 
@@ -275,37 +264,32 @@ class Guard:
     def _defense_name(self) -> str:
         return self.defense.name if self.defense else "no defense"
 
-    def _span(self) -> float:
-        low, high = self.threat.value_range
-        return high - low
-
     def _steps(self) -> int:
         return 1 + len(self.attacks) * (2 if self.defense else 1)
 
-    def _most_exposed(self, measures: Measures) -> list[int]:
-        """Indices of the examples to attack: lowest predicted error first; without noise, steepest gradient first."""
-        if not self.threat.others_known:
-            return list(range(len(measures.lambda_max)))
-        key = measures.predicted_error if measures.noise_ratio > 0 else -measures.lambda_max
-        return key.argsort()[: self.threat.max_attacked].tolist()
+    def _judge(self, jacobian: InputJacobian, true: Gradient, verify: bool, generator: torch.Generator | None) -> Judge:
+        """Judges gradients sent in the place of `true`: `judge(sent)` is a `Judgement`."""
+        return Judge(
+            jacobian,
+            true,
+            attacks=self.attacks,
+            policy=self.policy,
+            threat=self.threat,
+            verify=verify,
+            max_iterations=self.max_iterations,
+            generator=generator,
+        )
 
-    def _judged_measures(
-        self, jacobian: InputJacobian, true: Gradient, sent: Gradient, verify: bool, generator: torch.Generator | None
-    ) -> dict[str, float]:
-        """The numbers that a policy judges, of the worst example and the best attack."""
-        found = self.measure(jacobian, true, sent, generator=generator)
-        per_element = found.predicted_error / (jacobian.size**0.5 * self._span())
-        measures = {"predicted_error": per_element.min().item()}
-        if not verify:
-            return measures
-        attacked, seed = self._most_exposed(found), _draw_seed(generator)
-        for attack in self.attacks:
-            score = score_attack(attack, jacobian, true, sent, attacked, threat=self.threat, seed=seed)
-            if isinstance(score, LabelScore):
-                measures["label_recovery"] = max(score.i_rec, measures.get("label_recovery", 0.0))
-            elif score.psnr:
-                measures["attacked_psnr"] = max(*score.psnr, measures.get("attacked_psnr", float("-inf")))
-        return measures
+    def _judgement(
+        self,
+        jacobian: InputJacobian,
+        true: Gradient,
+        sent: Gradient,
+        verify: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Judgement:
+        """The judgement of one gradient; to judge several, keep one `_judge`: it attacks the bare gradient once."""
+        return self._judge(jacobian, true, verify, generator)(sent)
 
 
 @contextmanager
@@ -319,8 +303,8 @@ def progress_bar(total: int) -> Iterator:
     ) as progress:
         task = progress.add_task("auditing", total=total)
 
-        def advance(what: str) -> None:
-            progress.update(task, advance=1, description=what)
+        def advance(what: str, subject: str = "") -> None:
+            progress.update(task, advance=1, description=f"{subject} {what}".strip())
 
         yield advance
 
@@ -337,18 +321,9 @@ def environment(function: LossGradient) -> dict[str, str]:
     }
 
 
-def _caveats(measures: dict[str, float]) -> tuple[str, ...]:
-    """What a verdict in favour does not rest on."""
-    return () if "attacked_psnr" in measures else ("no attack on the inputs has run: this rests on the measures alone",)
-
-
 def _common_factor(true: Gradient, given: Gradient) -> float:
     """`c` where `given` is `c` times the true gradient up to a tenth of noise, else 1: noise is left as it is."""
     a, b = flatten(true), flatten({n: given[n].to(g) for n, g in true.items()})
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=0)
     factor = (a @ b / (a @ a).clamp_min(torch.finfo(a.dtype).tiny)).item()
     return factor if cosine > 0.995 and abs(factor - 1) > 0.01 else 1.0
-
-
-def _draw_seed(generator: torch.Generator | None) -> int:
-    return int(torch.randint(2**31, (), generator=generator))

@@ -25,12 +25,13 @@ from torch.utils.data import Dataset, IterableDataset
 from gradguard.defenses import Defense, GaussianNoise
 from gradguard.defenses.base import randn
 from gradguard.errors import InputError
-from gradguard.evaluation.measurement import measure
+from gradguard.evaluation.measurement import MAX_ITERATIONS, measure
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossFunction, LossGradient, TrainMode
 from gradguard.functional.vectors import flatten
 from gradguard.guard import Guard, environment
 from gradguard.report.survey_report import DTYPES, NO_CLASS, ClassSummary, ExampleSummary, Survey
+from gradguard.threats.model import check_in_range, check_value_range
 from gradguard.zoo.pictures import Pictures
 
 __all__ = ["YARDSTICK", "ClassSummary", "ExampleSummary", "Survey", "survey"]
@@ -62,7 +63,8 @@ def survey(
     class_names: Sequence[str] = (),
     train_mode: TrainMode = "error",
     lanczos_steps: int = 20,
-    max_iterations: int = 300,
+    max_iterations: int = MAX_ITERATIONS,
+    value_range: tuple[float, float] | None = (0.0, 1.0),
     progress: bool = True,
 ) -> Survey:
     """Measure every example of `data` by itself: as a batch of one, what an attacker sees who knows all the others.
@@ -84,7 +86,8 @@ def survey(
     `class_names`: default: the data set's own. `train_mode`: see `LossGradient`.
     `lanczos_steps`: for `lambda_max`, the same number for every example, since a joint stopping rule would make an
     example's number depend on its neighbours. `max_iterations`: of the exact solver on inputs too large for a dense
-    Jacobian. `progress`: a bar on standard error, where that is a terminal.
+    Jacobian. `value_range`: of valid inputs; others are refused, since an error is judged in it. `None` allows all.
+    `progress`: a bar on standard error, where that is a terminal.
 
     Raises `InputError` for data that cannot be measured, naming the example, and for a checkpoint of another model, of
     other data or of other options, naming the difference.
@@ -94,14 +97,15 @@ def survey(
     for name, optional in (("examples", examples), ("batch_size", batch_size)):
         if optional is not None:
             _require_at_least_one(name, optional)
+    check_value_range(value_range)
     if defense is None:
         raise InputError(
             "`defense` must be the noise that examples are compared under, such as GaussianNoise(noise_ratio=0.5): "
-            "without any, a perfect attacker misses none of them."
+            "without any, gradient matching misses none of them."
         )
     function = Guard(defense=defense, attacks=(), train_mode=train_mode).loss_gradient(model, loss_fn)
     function.check_model()
-    measurement = _Measurement(function, defense, exact, seed, lanczos_steps, max_iterations)
+    measurement = _Measurement(function, defense, exact, seed, lanczos_steps, max_iterations, value_range)
     size = batch_size or max(1, min(BATCH_SIZE, CHUNK_ELEMENTS // function.num_parameters))
     if examples is not None and _length(data) is not None:
         examples = min(examples, _length(data) or 0)
@@ -110,7 +114,7 @@ def survey(
     if _in_memory(data) is not None:
         # What is wrong with the last example is better said now than after an hour.
         for number, (inputs, targets) in enumerate(_chunks(data, size, examples)):
-            _check(function, inputs.to(function.device), targets.to(function.device), number * size)
+            _check(function, inputs.to(function.device), targets.to(function.device), number * size, value_range)
     position = 0
     try:
         with _bar(examples or _length(data), shown=progress) as advance:
@@ -144,6 +148,7 @@ class _Measurement:
     seed: int
     lanczos_steps: int
     max_iterations: int
+    value_range: tuple[float, float] | None = (0.0, 1.0)
 
     def conditions(self) -> dict[str, str]:
         """What must be the same for numbers to go together, as text."""
@@ -165,7 +170,7 @@ class _Measurement:
     def __call__(self, inputs: Tensor, targets: Tensor, first: int) -> Columns:
         """Every column but the digest, for examples `first`, `first + 1`, ... of the data."""
         function = self.function
-        _check(function, inputs, targets, first)
+        _check(function, inputs, targets, first, self.value_range)
         inputs, targets = function.cast(inputs.detach()), function.cast(targets.detach())
         parameters = function.parameters()
 
@@ -235,14 +240,18 @@ def _labels(targets: Tensor) -> Tensor:
     return torch.where(whole, targets, torch.full_like(targets, NO_CLASS)).to(torch.int64)
 
 
-def _check(function: LossGradient, inputs: Tensor, targets: Tensor, first: int) -> None:
-    """`check_batch`, with the example at fault named."""
+def _check(
+    function: LossGradient, inputs: Tensor, targets: Tensor, first: int, value_range: tuple[float, float] | None
+) -> None:
+    """`check_batch` and `check_in_range`, with the example at fault named."""
     try:
         function.check_batch(inputs, targets)
+        check_in_range(inputs, value_range)
     except InputError as whole:
         for r in range(len(inputs)):
             try:
                 function.check_batch(inputs[r : r + 1], targets[r : r + 1])
+                check_in_range(inputs[r], value_range)
             except InputError as error:
                 raise InputError(f"Example {first + r} of the data: {error}") from error
         raise whole

@@ -93,6 +93,7 @@ def compare(
     `training`: also train with each defense and score it: privacy is worth nothing without usefulness beside it.
     `workers`: defenses at a time (joblib processes). The rest is as in `Guard.audit`.
     """
+    (threat or ThreatModel()).check_inputs(inputs)
 
     def row(defense: Defense | None) -> ComparisonRow:
         guard = Guard(defense=defense, attacks=attacks, threat=threat)
@@ -119,7 +120,7 @@ def _row(report: LeakageReport, defense: Defense | None, cosine: float, score: f
         noise_ratio=report.noise_ratio,
         cosine=cosine,
         predicted_error=torch.tensor(report.predicted_error, dtype=torch.float64).min().item(),
-        psnr={n: max(cases[case].psnr) for n, cases in report.attacks.items() if case in cases and cases[case].psnr},
+        psnr={n: psnr for n, score in report.scores(case).items() if (psnr := score.best_psnr) is not None},
         best_psnr=report.best_psnr(case),
         label_recovery=labels.i_rec if labels else None,
         score=score,

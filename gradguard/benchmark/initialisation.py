@@ -25,6 +25,7 @@ from gradguard.evaluation.measurement import fits_dense, measure
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossFunction, LossGradient
 from gradguard.report.theme import FONT, LIGHT, WIDTH, Theme, set_text, short, sparse_log_ticks, style_axes, title_style
+from gradguard.threats.model import check_in_range, check_value_range
 
 #: Sets a model's weights and biases in place, drawing from the generator.
 Initialiser = Callable[[nn.Module, torch.Generator], None]
@@ -188,6 +189,7 @@ def compare_initialisations(
     exact: bool | None = None,
     dtype: torch.dtype = torch.float64,
     chunk_size: int | None = None,
+    value_range: tuple[float, float] | None = (0.0, 1.0),
 ) -> InitialisationComparison:
     """The influence of one and the same noise on gradients of networks that differ in how they were initialised.
 
@@ -199,7 +201,10 @@ def compare_initialisations(
         large then gain nothing by it. All examples of a seed see the same draw, up to its length.
     `seeds`: one draw of weights and of noise each. `exact`: also solve for I2F; by default where `J` is small enough
         to be formed. `dtype`: what it computes in. `chunk_size`: examples at a time, a bound on memory.
+    `value_range`: of valid inputs, `None` for any; others are refused: errors are read as shares of it.
     """
+    check_value_range(value_range)
+    check_in_range(inputs, value_range)
     if noise_std is not None and noise_ratio is not None:
         raise InputError(f"Give at most one of `noise_std` and `noise_ratio`, got {noise_std} and {noise_ratio}.")
     ratio = noise_ratio is not None
@@ -326,9 +331,9 @@ def _plot(comparison: InitialisationComparison, theme: Theme) -> Figure:
     several = len({row.model for row in rows}) > 1
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     jitter = np.random.default_rng(0)
-    for axes, measure in zip(grid, panels, strict=True):
+    for axes, name in zip(grid, panels, strict=True):
         for lane, row in enumerate(rows):
-            values = np.asarray(getattr(row, measure) or (), dtype=float)
+            values = np.asarray(getattr(row, name) or (), dtype=float)
             values = values[np.isfinite(values) & (values > 0)]
             color = theme.series[names.index(row.initialisation) % len(theme.series)]
             heights = lane + jitter.uniform(-0.22, 0.22, len(values))
@@ -337,7 +342,7 @@ def _plot(comparison: InitialisationComparison, theme: Theme) -> Figure:
                 middle = float(np.median(values))
                 axes.plot([middle, middle], [lane - 0.36, lane + 0.36], color=color, linewidth=2.2, zorder=3)
         axes.set_xscale("log")
-        style_axes(axes, theme, _PANELS[measure], "")
+        style_axes(axes, theme, _PANELS[name], "")
         sparse_log_ticks(axes)
         axes.grid(axis="x", color=theme.grid, linewidth=0.8)
         axes.tick_params(axis="y", length=0)

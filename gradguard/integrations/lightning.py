@@ -142,6 +142,7 @@ class GradGuard(Callback):
             self._batches.clear()
             self._stepped = False
         inputs, targets = self.unpack(batch)
+        self.guard.threat.check_inputs(inputs)
         if self.rank and self._rank_index is None:
             check = rank_check(self._function(pl_module).model, inputs.shape[1:])
             self._rank_index = check.analysis.index
@@ -270,7 +271,9 @@ class GradGuard(Callback):
         )
         self.last_report = report
         case: Case = "with" if defended else "without"
-        values = {f"psnr/{n}": max(c[case].psnr) for n, c in report.attacks.items() if case in c and c[case].psnr}
+        values = {
+            f"psnr/{n}": psnr for n, score in report.scores(case).items() if (psnr := score.best_psnr) is not None
+        }
         best = report.best_psnr(case)
         if best is not None:
             values["attacked_psnr"] = best

@@ -14,7 +14,7 @@ from rich.text import Text
 from gradguard.report import summaries as s
 from gradguard.report.leakage_report import LeakageReport
 
-DECISION_STYLES = {"send": "bold green", "perturb": "bold yellow", "block": "bold red"}
+DECISION_STYLES = {"send": "bold green", "perturb": "bold yellow", "block": "bold red", "unproven": "bold red"}
 WORST = "bold magenta"
 #: Most rows of the influence check and of the label counts that are printed; the page and the JSON have them all.
 ROWS = 16
