@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -41,7 +42,7 @@ class Guard:
     iLRG; `()` for none). `policy`: what is asked of a gradient. `threat`: what the attacker knows.
     `train_mode`: see `LossGradient`: what to do with modules that mix examples or are random in training mode.
     `max_iterations`: of the influence solver on inputs too large for a dense Jacobian; where it runs out, the
-    prediction is still a lower one, and the report says that it did not converge.
+    prediction is too low, the report says that it did not converge, and a verdict that rests on it is "unproven".
     """
 
     def __init__(
@@ -89,8 +90,8 @@ class Guard:
         `inputs`: `(B, *input_shape)` in the threat model's value range; `targets`: `(B, ...)`.
         `sent`: what was really sent, where that is known (default: what the defense makes of the true gradient).
         `class_names`: for the report. `generator`: all randomness, of the defense and of the attacks.
-        Raises what `LossGradient` raises, before any long work. An attack that cannot work on this model is no error:
-        the report says why it did not run.
+        Raises what `LossGradient` raises, and `InputError` for inputs outside the value range, before any long work. An
+        attack that cannot work on this model is no error: the report says why it did not run.
         """
         self.threat.check_inputs(inputs)
         function = self.loss_gradient(model, loss_fn)
@@ -221,7 +222,9 @@ class Guard:
         `exact`: solve for the influence itself, in float64 where the Jacobian is small enough to be formed; `False`
         leaves it at the lower bound (a training loop's step). `tolerance`, `confidence`, `start`: of the bound, see
         `influence_lower_bound`; `start` takes the `vectors` of an earlier measurement.
+        Raises `InputError` for inputs outside the threat model's value range.
         """
+        self.threat.check_inputs(jacobian.inputs)
         return measure(
             jacobian,
             difference(true, sent),

@@ -92,7 +92,7 @@ def test_check_blocks_without_a_defense(model_file, gradient_file):
 
 
 def test_check_lets_through_what_meets_the_policy(model_file, gradient_file):
-    arguments = ("--min-error", 0, "--max-psnr", 1000)
+    arguments = ("--min-error", 0, "--max-psnr", 1000, "--max-ssim", 1)
     result = run("check", gradient_file, "--model", model_file, *QUICK, *arguments)
     assert result.exit_code == 0
     assert result.output.startswith("send: ")

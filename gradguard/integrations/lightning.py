@@ -136,13 +136,14 @@ class GradGuard(Callback):
         """Remember what the next gradient is computed from."""
         if not self._checked:
             self._function(pl_module).check_model()
+            # The first batch only: later ones are looked at where they are measured, without a sync at every step.
+            self.guard.threat.check_inputs(self.unpack(batch)[0])
             self._checked = True
         if self._stepped:
             # Kept until here, and not dropped after the step: LBFGS asks for several gradients of one batch.
             self._batches.clear()
             self._stepped = False
         inputs, targets = self.unpack(batch)
-        self.guard.threat.check_inputs(inputs)
         if self.rank and self._rank_index is None:
             check = rank_check(self._function(pl_module).model, inputs.shape[1:])
             self._rank_index = check.analysis.index
