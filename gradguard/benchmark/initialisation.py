@@ -97,7 +97,7 @@ class InitialisationRow:
 
     `model`; `initialisation`; `num_parameters`: `P`. `lambda_max`: the largest eigenvalue of `J J^T` of one example,
     a batch of its own. `projected`: `|J delta|`. `bound`: the I2F lower bound `|J delta| / lambda_max`, input units:
-    low means that a perfect attacker may land close to the picture. `exact`: I2F itself, where it was computed.
+    low means that gradient matching may land close to the picture. `exact`: I2F itself, where it was computed.
     `gradient_norm`: `|g|` of the example. `converged`: the share of eigenvalues that Lanczos has found.
     """
 

@@ -126,7 +126,7 @@ class Survey:
 
     @property
     def error(self) -> Tensor:
-        """The column that ranks examples, `(N,)`, input units: how far a perfect attacker misses. Small is bad."""
+        """The column that ranks examples, `(N,)`, input units: of gradient matching, predicted. Small is bad."""
         return getattr(self, self.measure)
 
     @property
