@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-import math
-import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
-from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +11,10 @@ from torch import Tensor, nn
 from gradguard.attacks import DLG, ILRG, RGAP, Attack
 from gradguard.defenses import Defense
 from gradguard.errors import InputError
-from gradguard.evaluation.evidence import Evidence, Scores, by_attack, of_report
+from gradguard.evaluation.evidence import Scores, by_attack, evidence_of
 from gradguard.evaluation.judgement import Judge, Judgement, judge, most_exposed
 from gradguard.evaluation.measurement import MAX_ITERATIONS, Measures, difference, measure, noise_ratio
-from gradguard.evaluation.scoring import guess_psnr, named, prior_psnr
+from gradguard.evaluation.scoring import guess_psnr, prior_psnr
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossFunction, LossGradient, TrainMode
 from gradguard.functional.vectors import Gradient, flatten, norm
@@ -29,6 +23,8 @@ from gradguard.policy import Policy
 from gradguard.report import LeakageReport, Verdict
 from gradguard.report.leakage_report import Case
 from gradguard.report.scores import best_labels
+from gradguard.storage.environment import environment as environment_of
+from gradguard.storage.progress import Bar, progress_bar
 from gradguard.threats.model import ThreatModel
 
 #: What an audit attacks with unless told otherwise: one closed form, one optimisation, one for the labels.
@@ -95,14 +91,14 @@ class Guard:
         """
         self.threat.check_inputs(inputs)
         function = self.loss_gradient(model, loss_fn)
-        with progress_bar(self._steps()) as advance:
+        with progress_bar("auditing", self._steps()) as bar:
             jacobian = InputJacobian(function, inputs, targets)
             true = function(inputs, targets)
             if sent is None:
                 sent = self._defended(true, jacobian, generator)
             else:
                 function.check_gradient(sent)
-            advance("measuring")
+            bar.step("measuring")
             measures = self.measure(jacobian, true, sent or true, generator=generator)
             eigenvalues = spectrum(jacobian, generator=generator).values
             attacked = most_exposed(measures, self.threat)
@@ -111,7 +107,7 @@ class Guard:
             gradients: dict[Case, Gradient | None] = {"without": true, "with": sent}
             for case, gradient in gradients.items():
                 if gradient is not None:
-                    found[case] = judging.scores(gradient, attacked, partial(advance, f"{case} the defense"))
+                    found[case] = judging.scores(gradient, attacked, _announcing(bar, case))
         best = {case: best_labels(scores.labels) for case, scores in found.items()}
         report = LeakageReport(
             model=type(model).__name__,
@@ -239,19 +235,7 @@ class Guard:
 
     def judge_report(self, report: LeakageReport, *, defended: bool) -> Verdict:
         """The policy's verdict on what an audit found: of the gradient as sent (`defended`), or of the bare one."""
-        low, high = report.extra["threat"]["value_range"]
-        evidence = Evidence(
-            predicted_error=report.predicted_error,
-            converged=report.predicted_converged,
-            size=math.prod(report.input_shape),
-            span=high - low,
-            noise_ratio=report.noise_ratio,
-            sent=of_report(report, "with" if defended else "without"),
-            bare=of_report(report, "without"),
-            guess_psnr=report.guess_psnr,
-            attacks=named(self.attacks),
-        )
-        judged = judge(self.policy, evidence)
+        judged = judge(self.policy, evidence_of(report, "with" if defended else "without", self.attacks))
         if judged.complaints:
             return judged.verdict("block", *judged.complaints, *judged.caveats)
         reason = f"the gradient {'as sent' if defended else 'as it is'} meets the policy"
@@ -295,33 +279,14 @@ class Guard:
         return self._judge(jacobian, true, verify, generator)(sent)
 
 
-@contextmanager
-def progress_bar(total: int) -> Iterator:
-    """A progress bar on the terminal's standard error, gone when it ends; silent where there is no terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(
-        console=Console(stderr=True), transient=True, disable=not Console(stderr=True).is_terminal
-    ) as progress:
-        task = progress.add_task("auditing", total=total)
-
-        def advance(what: str, subject: str = "") -> None:
-            progress.update(task, advance=1, description=f"{subject} {what}".strip())
-
-        yield advance
+def _announcing(bar: Bar, case: Case) -> Callable[[str], None]:
+    """What tells the bar which attack runs on which gradient."""
+    return lambda name: bar.step(f"{name} {case} the defense")
 
 
 def environment(function: LossGradient) -> dict[str, str]:
     """Versions, device, dtype and date: what a number was measured with."""
-    return {
-        "gradguard": version("gradguard"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": str(function.device),
-        "dtype": str(function.computing_dtype).removeprefix("torch."),
-        "date": datetime.date.today().isoformat(),
-    }
+    return environment_of(function.device, function.computing_dtype)
 
 
 def _common_factor(true: Gradient, given: Gradient) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from gradguard.attacks import Attack
+from gradguard.evaluation.scoring import named
 from gradguard.policy import Policy
 from gradguard.report import AttackScore, LabelScore, LeakageReport
 from gradguard.report.leakage_report import Case
@@ -73,6 +74,23 @@ def of_report(report: LeakageReport, case: Case) -> Scores:
     """The scores of one of a report's gradients."""
     labels = {name: cases[case] for name, cases in report.label_attacks.items() if case in cases}
     return Scores(inputs=report.scores(case), labels=labels)
+
+
+def evidence_of(report: LeakageReport, case: Case, attacks: Sequence[Attack]) -> Evidence:
+    """What an audit's report says of one of its gradients; `attacks`: those that the audit ran."""
+    threat = report.extra.get("threat") or {}
+    low, high = threat.get("value_range") or (0.0, 1.0)
+    return Evidence(
+        predicted_error=report.predicted_error,
+        converged=report.predicted_converged,
+        size=math.prod(report.input_shape),
+        span=high - low,
+        noise_ratio=report.noise_ratio,
+        sent=of_report(report, case),
+        bare=of_report(report, "without"),
+        guess_psnr=report.guess_psnr,
+        attacks=named(attacks),
+    )
 
 
 def measures_of(evidence: Evidence) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,14 +49,16 @@ class Judgement:
         """Whether the gradient may be sent: no complaint, and proven, or accepted unproven by name."""
         return not self.complaints and (not self.unproven or self.accepted)
 
-    def verdict(self, decision: Decision, *reasons: str) -> Verdict:
+    def verdict(self, decision: Decision, *reasons: str, **fields: Any) -> Verdict:
         """A verdict on this gradient. In favour it is "unproven" if nothing proves it, and says what is not judged."""
         if decision != "block":
             reasons = (*reasons, *self.unproven, *self.caveats)
             if self.unproven and self.accepted:
                 reasons = (*reasons, "unproven, and accepted by the policy")
             decision = decision if self.fine else "unproven"
-        return Verdict(decision=decision, reasons=reasons, noise_ratio=self.noise_ratio, measures=self.measures)
+        return Verdict(
+            decision=decision, reasons=reasons, noise_ratio=self.noise_ratio, measures=self.measures, **fields
+        )
 
 
 def judge(policy: Policy, evidence: Evidence) -> Judgement:
