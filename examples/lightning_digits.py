@@ -71,7 +71,7 @@ def main() -> None:
     )
     trainer.fit(Digits(), loader)
 
-    print("step   loss   lower bound on a perfect attacker's error, input units")
+    print("step   loss   lower bound on gradient matching's error, input units")
     with Path(trainer.logger.log_dir, "metrics.csv").open() as file:
         for row in csv.DictReader(file):
             loss, bound = float(row["train_loss"]), float(row["gradguard/influence_lower_bound"])

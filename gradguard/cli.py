@@ -149,6 +149,24 @@ subject_options = options(
         show_default=True,
         help="Policy: highest PSNR (dB) that an attack may reach.",
     ),
+    click.option(
+        "--max-ssim",
+        type=float,
+        default=0.9,
+        show_default=True,
+        help="Policy: highest SSIM that an attack may reach on a picture; 1 allows all.",
+    ),
+    click.option(
+        "--accept-unproven",
+        is_flag=True,
+        help="Policy: accept a gradient that meets it though no attack works without a defense either.",
+    ),
+    click.option(
+        "--value-range",
+        default="0,1",
+        show_default=True,
+        help='Lowest and highest valid input, "0,255" for instance; "none" for inputs without a range.',
+    ),
     click.option("--max-labels", type=float, help="Policy: highest share of labels that may be recovered."),
     click.option("--device", default="cpu", show_default=True),
     click.option(
@@ -180,6 +198,9 @@ class Subject:
         attacked: int,
         min_error: float,
         max_psnr: float,
+        max_ssim: float,
+        accept_unproven: bool,
+        value_range: str,
         max_labels: float | None,
         device: str,
         seed: int,
@@ -207,9 +228,13 @@ class Subject:
             defense=DEFENSES[defense](strength) if defense else None,
             attacks=[ATTACKS[n]() for n in attack_names] or None,
             policy=Policy(
-                minimum_predicted_error=min_error, maximum_attacked_psnr=max_psnr, maximum_label_recovery=max_labels
+                minimum_predicted_error=min_error,
+                maximum_attacked_psnr=max_psnr,
+                maximum_attacked_ssim=max_ssim,
+                maximum_label_recovery=max_labels,
+                accept_unproven=accept_unproven,
             ),
-            threat=ThreatModel(max_attacked=attacked),
+            threat=ThreatModel(max_attacked=attacked, value_range=parse_range(value_range)),
         )
 
     def examples(self) -> tuple[Tensor, Tensor] | Dataset:
@@ -331,6 +356,7 @@ def survey_of(case: Subject, output: Path | None, as_json: bool, **options: Any)
             checkpoint=checkpoint,
             seed=case.seed,
             class_names=case.class_names,
+            value_range=case.guard.threat.value_range,
             **options,
         )
     except KeyboardInterrupt:
@@ -479,6 +505,17 @@ def parse_shape(text: str) -> tuple[int, ...]:
     if not shape or min(shape) < 1:
         raise InputError(f"`--input-shape` must be positive integers such as 3,32,32, got {text!r}.")
     return shape
+
+
+def parse_range(text: str) -> tuple[float, float] | None:
+    """`"0,255"` as two numbers, the smaller first; `None` for "none"."""
+    if text.strip().lower() == "none":
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f'`--value-range` must be LOW,HIGH such as 0,255, or "none"; got {text!r}.') from error
+    return low, high
 
 
 def checked_device(name: str) -> torch.device:

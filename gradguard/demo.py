@@ -29,7 +29,7 @@ from gradguard.report import LeakageReport
 from gradguard.zoo.models import digits_convnet
 from gradguard.zoo.pictures import Pictures, digits
 
-#: The influence check: noise is scaled to move a perfect attacker by these shares of the picture's norm, ...
+#: The influence check: noise is scaled to move gradient matching by these shares of the picture's norm, ...
 CHECKED_SHARES = (0.01, 0.04)
 #: ... and pruning is taken as it is (scaled up it would be noise of many times the gradient's norm).
 PRUNED_FRACTIONS = (0.5, 0.9)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-import math
-import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,35 +11,24 @@ from torch import Tensor, nn
 from gradguard.attacks import DLG, ILRG, RGAP, Attack
 from gradguard.defenses import Defense
 from gradguard.errors import InputError
-from gradguard.evaluation.scoring import prior_psnr, score_attack
+from gradguard.evaluation.evidence import Scores, by_attack, evidence_of
+from gradguard.evaluation.judgement import Judge, Judgement, judge, most_exposed
+from gradguard.evaluation.measurement import MAX_ITERATIONS, Measures, difference, measure, noise_ratio
+from gradguard.evaluation.scoring import guess_psnr, prior_psnr
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossFunction, LossGradient, TrainMode
-from gradguard.functional.vectors import Gradient, add, flatten, norm
-from gradguard.leakage import influence, influence_lower_bound, spectrum
+from gradguard.functional.vectors import Gradient, flatten, norm
+from gradguard.leakage import spectrum
 from gradguard.policy import Policy
-from gradguard.report import LabelScore, LeakageReport, Verdict
-from gradguard.report.leakage_report import Case, Decision
+from gradguard.report import LeakageReport, Verdict
+from gradguard.report.leakage_report import Case
+from gradguard.report.scores import best_labels
+from gradguard.storage.environment import environment as environment_of
+from gradguard.storage.progress import Bar, progress_bar
 from gradguard.threats.model import ThreatModel
 
 #: What an audit attacks with unless told otherwise: one closed form, one optimisation, one for the labels.
 DEFAULT_ATTACKS: tuple[Attack, ...] = (RGAP(), DLG(), ILRG())
-
-
-@dataclass(frozen=True)
-class Measures:
-    """The closed-form part of a measurement, per example (shape `(B,)`).
-
-    `predicted_error`: I2F of the difference between the gradient that is sent and the true one, in input units;
-    `converged`: of its solver; `lower_bound`; `lambda_max`: of `J J^T`; `noise_ratio`: `|sent - true| / |true|`;
-    `vectors`: `(B, D)`, the leading eigenvectors, to start the next measurement from.
-    """
-
-    predicted_error: Tensor
-    converged: Tensor
-    lower_bound: Tensor
-    lambda_max: Tensor
-    noise_ratio: float
-    vectors: Tensor
 
 
 class Guard:
@@ -54,7 +38,7 @@ class Guard:
     iLRG; `()` for none). `policy`: what is asked of a gradient. `threat`: what the attacker knows.
     `train_mode`: see `LossGradient`: what to do with modules that mix examples or are random in training mode.
     `max_iterations`: of the influence solver on inputs too large for a dense Jacobian; where it runs out, the
-    prediction is still a lower one, and the report says that it did not converge.
+    prediction is too low, the report says that it did not converge, and a verdict that rests on it is "unproven".
     """
 
     def __init__(
@@ -65,7 +49,7 @@ class Guard:
         policy: Policy | None = None,
         threat: ThreatModel | None = None,
         train_mode: TrainMode = "error",
-        max_iterations: int = 300,
+        max_iterations: int = MAX_ITERATIONS,
     ) -> None:
         if defense is not None and not isinstance(defense, Defense):
             raise InputError(f"`defense` must be a gradguard.defenses.Defense, got {type(defense).__name__}.")
@@ -96,45 +80,35 @@ class Guard:
         sent: Gradient | None = None,
         class_names: Sequence[str] = (),
         generator: torch.Generator | None = None,
-        noise: torch.Generator | None = None,
     ) -> LeakageReport:
         """What the gradient of this batch gives away, as it is and as the defense sends it.
 
         `inputs`: `(B, *input_shape)` in the threat model's value range; `targets`: `(B, ...)`.
         `sent`: what was really sent, where that is known (default: what the defense makes of the true gradient).
-        `class_names`: for the report. `generator`: all randomness, of the defense and of the attacks (default: the
-        noise is secret, and the attacks start from the same numbers each time). `noise`: that of the defense alone.
-        Raises what `LossGradient` raises, before any long work. An attack that cannot work on this model is no error:
-        the report says why it did not run.
+        `class_names`: for the report. `generator`: all randomness, of the defense and of the attacks.
+        Raises what `LossGradient` raises, and `InputError` for inputs outside the value range, before any long work. An
+        attack that cannot work on this model is no error: the report says why it did not run.
         """
+        self.threat.check_inputs(inputs)
         function = self.loss_gradient(model, loss_fn)
-        starts = _starts(generator)
-        with progress_bar(self._steps()) as advance:
+        with progress_bar("auditing", self._steps()) as bar:
             jacobian = InputJacobian(function, inputs, targets)
             true = function(inputs, targets)
             if sent is None:
-                # Nothing of it leaves: a seed for the noise of an audit is no fault, and no warning.
-                sent = self._audited(true, jacobian, generator if noise is None else noise)
+                sent = self._defended(true, jacobian, generator)
             else:
                 function.check_gradient(sent)
-            advance("measuring")
-            measures = self.measure(jacobian, true, sent or true, generator=starts)
-            eigenvalues = spectrum(jacobian, generator=starts).values
-            attacked = self._most_exposed(measures)
-            seed = _draw_seed(starts)
-            scores: dict[str, dict] = {}
-            labels: dict = {}
-            for attack in self.attacks:
-                for case, gradient in (("without", true), ("with", sent)):
-                    if gradient is None:
-                        continue
-                    advance(f"{attack.name} {case} the defense")
-                    # The same seed for both cases: what differs is the defense, not the attack's luck.
-                    score = score_attack(attack, jacobian, true, gradient, attacked, threat=self.threat, seed=seed)
-                    if isinstance(score, LabelScore):
-                        labels[case] = score
-                    else:
-                        scores.setdefault(attack.name, {})[case] = score
+            bar.step("measuring")
+            measures = self.measure(jacobian, true, sent or true, generator=generator)
+            eigenvalues = spectrum(jacobian, generator=generator).values
+            attacked = most_exposed(measures, self.threat)
+            judging = self._judge(jacobian, true, True, generator)
+            found: dict[Case, Scores] = {}
+            gradients: dict[Case, Gradient | None] = {"without": true, "with": sent}
+            for case, gradient in gradients.items():
+                if gradient is not None:
+                    found[case] = judging.scores(gradient, attacked, _announcing(bar, case))
+        best = {case: best_labels(scores.labels) for case, scores in found.items()}
         report = LeakageReport(
             model=type(model).__name__,
             defense=repr(self.defense) if self.defense else None,
@@ -145,15 +119,17 @@ class Guard:
             gradient_norm=norm(true).item(),
             noise_ratio=measures.noise_ratio,
             predicted_error=measures.predicted_error.tolist(),
-            predicted_converged=measures.converged.tolist(),
+            predicted_converged=(measures.converged & ~measures.traceless).tolist(),
             lower_bound=measures.lower_bound.tolist(),
             lambda_max=measures.lambda_max.tolist(),
             spectrum=eigenvalues.tolist(),
-            attacks=scores,
-            label_recovery=labels,
+            attacks=by_attack({case: scores.inputs for case, scores in found.items()}),
+            label_attacks=by_attack({case: scores.labels for case, scores in found.items()}),
+            label_recovery={case: score for case, score in best.items() if score is not None},
             prior_psnr=prior_psnr(jacobian.inputs, attacked, threat=self.threat),
+            guess_psnr=guess_psnr(jacobian.inputs, attacked, threat=self.threat),
             environment=environment(function),
-            extra={"threat": asdict(self.threat)},
+            extra={"threat": asdict(self.threat) | {"value_range": self.threat.range_of(inputs)}},
             originals=inputs.detach()[attacked].cpu(),
         )
         return replace(report, verdict=self.judge_report(report, defended=sent is not None))
@@ -168,7 +144,6 @@ class Guard:
         *,
         verify: bool = True,
         generator: torch.Generator | None = None,
-        noise: torch.Generator | None = None,
     ) -> tuple[Gradient | None, Verdict]:
         """The pre-send check: what to send instead of `gradient`, and why.
 
@@ -176,53 +151,42 @@ class Guard:
         It may already be compressed or noisy: what it differs by from the true gradient counts as noise. If it is
         (nearly) a multiple of it (clipping, a loss scale), the factor is taken out first and the verdict says so.
         `verify`: run the guard's attacks too; the verdict then rests on measures and attacks, else on measures alone.
-        `generator`: all randomness, for tests: noise that is really sent must be secret, which it is by default.
-        `noise`: the source of the defense's noise alone, such as `NoiseStream.message()`.
 
         Returns the gradient to send and a verdict: "send" (the gradient as given meets the policy), "perturb" (the
-        defended one does), or "block" (neither does; the gradient is then `None`).
+        defended one does), "block" (neither does), or "unproven" (one does, and nothing proves it: no attack works on
+        the bare gradient either, or the predictions did not converge; `Policy(accept_unproven=True)` lets it pass). The
+        gradient is `None` for the last two.
         """
         function = self.loss_gradient(model, loss_fn)
+        self.threat.check_inputs(inputs)
         if gradient is not None:
             function.check_gradient(gradient)
         jacobian = InputJacobian(function, inputs, targets)
         true = function(inputs, targets)
         given = true if gradient is None else gradient
-        starts = _starts(generator)
         factor = _common_factor(true, given)
         if factor != 1.0:
             # A factor hides nothing: whoever receives the gradient can take it out again.
             given = {n: g / factor for n, g in given.items()}
-        measures = self._judged_measures(jacobian, true, given, verify, starts)
-        complaints = self.policy.complaints(measures)
+        judging = self._judge(jacobian, true, verify, generator)
+        judged = judging(given)
+        complaints = [*judged.complaints]
         if factor != 1.0 and complaints:
             complaints.append(f"the gradient is {factor:.3g} times the true one, which hides nothing")
-        ratio = _noise_ratio(true, given)
         if not complaints:
-            return given if gradient is None else gradient, Verdict(
-                decision="send",
-                reasons=("the gradient as given meets the policy", *_caveats(measures)),
-                noise_ratio=ratio,
-                measures=measures,
-            )
-        sent = self._defended(given, jacobian, generator if noise is None else noise)
+            verdict = judged.verdict("send", "the gradient as given meets the policy")
+            return (given if gradient is None else gradient) if judged.fine else None, verdict
+        sent = self._defended(given, jacobian, generator)
         if sent is None:
-            reasons = (*complaints, "the guard has no defense to perturb it with")
-            return None, Verdict(decision="block", reasons=reasons, noise_ratio=ratio, measures=measures)
-        measures = self._judged_measures(jacobian, true, sent, verify, starts)
-        ratio = _noise_ratio(true, sent)
-        remaining = self.policy.complaints(measures)
-        if remaining:
-            reasons = (*remaining, f"even after {self._defense_name()}")
-            return None, Verdict(decision="block", reasons=reasons, noise_ratio=ratio, measures=measures)
-        reasons = (
-            *(f"as given, {c}" for c in complaints),
-            f"after {self._defense_name()} it meets the policy",
-            *_caveats(measures),
-        )
-        return {n: g * factor for n, g in sent.items()}, Verdict(
-            decision="perturb", reasons=reasons, noise_ratio=ratio, measures=measures
-        )
+            reasons = (*complaints, *judged.caveats)
+            return None, judged.verdict("block", *reasons, "the guard has no defense to perturb it with")
+        judged = judging(sent)
+        if judged.complaints:
+            reasons = (*judged.complaints, *judged.caveats)
+            return None, judged.verdict("block", *reasons, f"even after {self._defense_name()}")
+        reasons = (*(f"as given, {c}" for c in complaints), f"after {self._defense_name()} it meets the policy")
+        allowed = {n: g * factor for n, g in sent.items()} if judged.fine else None
+        return allowed, judged.verdict("perturb", *reasons)
 
     # ------------------------------------------------------------------ the parts, for loops of one's own
 
@@ -234,10 +198,7 @@ class Guard:
     def perturb(
         self, jacobian: InputJacobian | None, gradient: Gradient, *, generator: torch.Generator | None = None
     ) -> Gradient:
-        """`gradient` as the defense sends it; itself without a defense. `jacobian` only where the defense needs one.
-
-        `generator`: of the noise; default: a new secret key. See `Defense.__call__`.
-        """
+        """`gradient` as the defense sends it; itself without a defense. `jacobian` only where the defense needs one."""
         return self._defended(gradient, jacobian, generator) or gradient
 
     def measure(
@@ -256,41 +217,29 @@ class Guard:
 
         `exact`: solve for the influence itself, in float64 where the Jacobian is small enough to be formed; `False`
         leaves it at the lower bound (a training loop's step). `tolerance`, `confidence`, `start`: of the bound, see
-        `influence_lower_bound`; `start` takes the `vectors` of an earlier measurement. `generator`: of the solvers'
-        starts (default: the same each time).
+        `influence_lower_bound`; `start` takes the `vectors` of an earlier measurement.
+        Raises `InputError` for inputs outside the threat model's value range.
         """
-        generator = _starts(generator)
-        delta = add({n: sent[n].to(g) for n, g in true.items()}, true, -1.0)
-        bound = influence_lower_bound(
-            jacobian, delta, tolerance=tolerance, confidence=confidence, start=start, generator=generator
+        self.threat.check_inputs(jacobian.inputs)
+        return measure(
+            jacobian,
+            difference(true, sent),
+            exact=exact,
+            max_iterations=self.max_iterations,
+            tolerance=tolerance,
+            confidence=confidence,
+            start=start,
+            noise_ratio=noise_ratio(true, sent),
+            generator=generator,
         )
-        predicted, converged = bound.value, bound.converged
-        if exact:
-            answer = influence(jacobian, delta, max_iterations=min(jacobian.size, self.max_iterations))
-            predicted, converged = answer.value, answer.converged
-        return Measures(predicted, converged, bound.value, bound.lambda_max, _noise_ratio(true, sent), bound.vectors)
 
     def judge_report(self, report: LeakageReport, *, defended: bool) -> Verdict:
         """The policy's verdict on what an audit found: of the gradient as sent (`defended`), or of the bare one."""
-        case: Case = "with" if defended else "without"
-        per_element = (math.prod(report.input_shape) ** 0.5) * self._span()
-        # `sorted` and `min` would let a NaN pass or not by its place; the tensor's minimum is NaN if any is.
-        measures = {
-            "predicted_error": torch.tensor(report.predicted_error, dtype=torch.float64).min().item() / per_element
-        }
-        psnr = [p for cases in report.attacks.values() if case in cases for p in cases[case].psnr]
-        if psnr:
-            measures["attacked_psnr"] = max(psnr)
-        if case in report.label_recovery:
-            measures["label_recovery"] = report.label_recovery[case].i_rec
-        complaints = self.policy.complaints(measures)
-        if complaints:
-            return Verdict(
-                decision="block", reasons=tuple(complaints), noise_ratio=report.noise_ratio, measures=measures
-            )
+        judged = judge(self.policy, evidence_of(report, "with" if defended else "without", self.attacks))
+        if judged.complaints:
+            return judged.verdict("block", *judged.complaints, *judged.caveats)
         reason = f"the gradient {'as sent' if defended else 'as it is'} meets the policy"
-        decision: Decision = "perturb" if defended else "send"
-        return Verdict(decision=decision, reasons=(reason,), noise_ratio=report.noise_ratio, measures=measures)
+        return judged.verdict("perturb" if defended else "send", reason)
 
     # ------------------------------------------------------------------ inside
 
@@ -299,81 +248,45 @@ class Guard:
     ) -> Gradient | None:
         return self.defense(gradient, jacobian, generator=generator) if self.defense else None
 
-    def _audited(
-        self, gradient: Gradient, jacobian: InputJacobian, generator: torch.Generator | None
-    ) -> Gradient | None:
-        if self.defense is None:
-            return None
-        return add(gradient, self.defense.checked_perturbation(gradient, jacobian, generator=generator))
-
     def _defense_name(self) -> str:
         return self.defense.name if self.defense else "no defense"
-
-    def _span(self) -> float:
-        low, high = self.threat.value_range
-        return high - low
 
     def _steps(self) -> int:
         return 1 + len(self.attacks) * (2 if self.defense else 1)
 
-    def _most_exposed(self, measures: Measures) -> list[int]:
-        """Indices of the examples to attack: lowest predicted error first; without noise, steepest gradient first."""
-        if not self.threat.others_known:
-            return list(range(len(measures.lambda_max)))
-        key = measures.predicted_error if measures.noise_ratio > 0 else -measures.lambda_max
-        return key.argsort()[: self.threat.max_attacked].tolist()
+    def _judge(self, jacobian: InputJacobian, true: Gradient, verify: bool, generator: torch.Generator | None) -> Judge:
+        """Judges gradients sent in the place of `true`: `judge(sent)` is a `Judgement`."""
+        return Judge(
+            jacobian,
+            true,
+            attacks=self.attacks,
+            policy=self.policy,
+            threat=self.threat,
+            verify=verify,
+            max_iterations=self.max_iterations,
+            generator=generator,
+        )
 
-    def _judged_measures(
-        self, jacobian: InputJacobian, true: Gradient, sent: Gradient, verify: bool, generator: torch.Generator
-    ) -> dict[str, float]:
-        """The numbers that a policy judges, of the worst example and the best attack."""
-        found = self.measure(jacobian, true, sent, generator=generator)
-        per_element = found.predicted_error / (jacobian.size**0.5 * self._span())
-        measures = {"predicted_error": per_element.min().item()}
-        if not verify:
-            return measures
-        attacked, seed = self._most_exposed(found), _draw_seed(generator)
-        for attack in self.attacks:
-            score = score_attack(attack, jacobian, true, sent, attacked, threat=self.threat, seed=seed)
-            if isinstance(score, LabelScore):
-                measures["label_recovery"] = max(score.i_rec, measures.get("label_recovery", 0.0))
-            elif score.psnr:
-                measures["attacked_psnr"] = max(*score.psnr, measures.get("attacked_psnr", float("-inf")))
-        return measures
+    def _judgement(
+        self,
+        jacobian: InputJacobian,
+        true: Gradient,
+        sent: Gradient,
+        verify: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Judgement:
+        """The judgement of one gradient; to judge several, keep one `_judge`: it attacks the bare gradient once."""
+        return self._judge(jacobian, true, verify, generator)(sent)
 
 
-@contextmanager
-def progress_bar(total: int) -> Iterator:
-    """A progress bar on the terminal's standard error, gone when it ends; silent where there is no terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(
-        console=Console(stderr=True), transient=True, disable=not Console(stderr=True).is_terminal
-    ) as progress:
-        task = progress.add_task("auditing", total=total)
-
-        def advance(what: str) -> None:
-            progress.update(task, advance=1, description=what)
-
-        yield advance
+def _announcing(bar: Bar, case: Case) -> Callable[[str], None]:
+    """What tells the bar which attack runs on which gradient."""
+    return lambda name: bar.step(f"{name} {case} the defense")
 
 
 def environment(function: LossGradient) -> dict[str, str]:
     """Versions, device, dtype and date: what a number was measured with."""
-    return {
-        "gradguard": version("gradguard"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": str(function.device),
-        "dtype": str(function.computing_dtype).removeprefix("torch."),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _caveats(measures: dict[str, float]) -> tuple[str, ...]:
-    """What a verdict in favour does not rest on."""
-    return () if "attacked_psnr" in measures else ("no attack on the inputs has run: this rests on the measures alone",)
+    return environment_of(function.device, function.computing_dtype)
 
 
 def _common_factor(true: Gradient, given: Gradient) -> float:
@@ -382,17 +295,3 @@ def _common_factor(true: Gradient, given: Gradient) -> float:
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=0)
     factor = (a @ b / (a @ a).clamp_min(torch.finfo(a.dtype).tiny)).item()
     return factor if cosine > 0.995 and abs(factor - 1) > 0.01 else 1.0
-
-
-def _starts(generator: torch.Generator | None) -> torch.Generator:
-    """Where attacks and solvers draw their starts from, which are no secret: never the global random state."""
-    return torch.Generator().manual_seed(0) if generator is None else generator
-
-
-def _draw_seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**31, (), generator=generator, device=generator.device))
-
-
-def _noise_ratio(true: Gradient, sent: Gradient) -> float:
-    difference = add({n: sent[n].to(g) for n, g in true.items()}, true, -1.0)
-    return (norm(difference) / norm(true).clamp_min(torch.finfo(norm(true).dtype).tiny)).item()

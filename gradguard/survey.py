@@ -6,32 +6,33 @@ per example and per class; it can be stopped at any time and goes on where it st
 
 from __future__ import annotations
 
-import hashlib
-import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from gradguard.defenses import Defense, GaussianNoise
 from gradguard.defenses.base import randn
 from gradguard.errors import InputError
+from gradguard.evaluation.datasets import chunks, in_memory, length
+from gradguard.evaluation.datasets import class_names as names_of
+from gradguard.evaluation.measurement import MAX_ITERATIONS, measure
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossFunction, LossGradient, TrainMode
 from gradguard.functional.vectors import flatten
-from gradguard.guard import Guard, environment
-from gradguard.leakage import influence, influence_lower_bound
-from gradguard.leakage.influence import DENSE_ELEMENTS, DENSE_SIZE
+from gradguard.guard import Guard
 from gradguard.report.survey_report import DTYPES, NO_CLASS, ClassSummary, ExampleSummary, Survey
+from gradguard.storage.checkpoint import Checkpoint
+from gradguard.storage.environment import environment
+from gradguard.storage.fingerprint import example_digests, fingerprint, plain_repr
+from gradguard.storage.progress import progress_bar
+from gradguard.threats.model import check_in_range, check_value_range
 from gradguard.zoo.pictures import Pictures
 
 __all__ = ["YARDSTICK", "ClassSummary", "ExampleSummary", "Survey", "survey"]
@@ -45,7 +46,6 @@ TOLERANCE = 0.1
 #: Seconds between two writes of a checkpoint; a write that takes long is made rarer.
 SAVE_EVERY = 2.0
 
-Batch = tuple[Tensor, Tensor]
 Columns = dict[str, Tensor]
 
 
@@ -63,7 +63,8 @@ def survey(
     class_names: Sequence[str] = (),
     train_mode: TrainMode = "error",
     lanczos_steps: int = 20,
-    max_iterations: int = 300,
+    max_iterations: int = MAX_ITERATIONS,
+    value_range: tuple[float, float] | None = (0.0, 1.0),
     progress: bool = True,
 ) -> Survey:
     """Measure every example of `data` by itself: as a batch of one, what an attacker sees who knows all the others.
@@ -85,7 +86,8 @@ def survey(
     `class_names`: default: the data set's own. `train_mode`: see `LossGradient`.
     `lanczos_steps`: for `lambda_max`, the same number for every example, since a joint stopping rule would make an
     example's number depend on its neighbours. `max_iterations`: of the exact solver on inputs too large for a dense
-    Jacobian. `progress`: a bar on standard error, where that is a terminal.
+    Jacobian. `value_range`: of valid inputs; others are refused, since an error is judged in it. `None` allows all.
+    `progress`: a bar on standard error, where that is a terminal.
 
     Raises `InputError` for data that cannot be measured, naming the example, and for a checkpoint of another model, of
     other data or of other options, naming the difference.
@@ -95,35 +97,36 @@ def survey(
     for name, optional in (("examples", examples), ("batch_size", batch_size)):
         if optional is not None:
             _require_at_least_one(name, optional)
+    check_value_range(value_range)
     if defense is None:
         raise InputError(
             "`defense` must be the noise that examples are compared under, such as GaussianNoise(noise_ratio=0.5): "
-            "without any, a perfect attacker misses none of them."
+            "without any, gradient matching misses none of them."
         )
     function = Guard(defense=defense, attacks=(), train_mode=train_mode).loss_gradient(model, loss_fn)
     function.check_model()
-    measurement = _Measurement(function, defense, exact, seed, lanczos_steps, max_iterations)
+    measurement = _Measurement(function, defense, exact, seed, lanczos_steps, max_iterations, value_range)
     size = batch_size or max(1, min(BATCH_SIZE, CHUNK_ELEMENTS // function.num_parameters))
-    if examples is not None and _length(data) is not None:
-        examples = min(examples, _length(data) or 0)
+    if examples is not None and length(data) is not None:
+        examples = min(examples, length(data) or 0)
     stored = None if checkpoint is None else Path(checkpoint)
-    measured = _Progress(stored, measurement, tuple(class_names) or _class_names(data))
-    if _in_memory(data) is not None:
+    measured = _Progress(stored, measurement, tuple(class_names) or names_of(data))
+    if in_memory(data) is not None:
         # What is wrong with the last example is better said now than after an hour.
-        for number, (inputs, targets) in enumerate(_chunks(data, size, examples)):
-            _check(function, inputs.to(function.device), targets.to(function.device), number * size)
+        for number, (inputs, targets) in enumerate(chunks(data, size, examples)):
+            _check(function, inputs.to(function.device), targets.to(function.device), number * size, value_range)
     position = 0
     try:
-        with _bar(examples or _length(data), shown=progress) as advance:
-            for inputs, targets in _chunks(data, size, examples):
-                digest = _digests(inputs, targets)
+        with progress_bar("measuring examples", examples or length(data), shown=None if progress else False) as bar:
+            for inputs, targets in chunks(data, size, examples):
+                digest = example_digests(inputs, targets)
                 known = measured.recognise(digest, position)
                 if known < len(inputs):
                     fresh = inputs[known:].to(function.device), targets[known:].to(function.device)
                     columns = measurement(*fresh, position + known)
                     measured.add(columns | {"digest": digest[known:]}, tuple(inputs.shape[1:]))
                 position += len(inputs)
-                advance(position)
+                bar.to(position)
         if position == 0:
             raise InputError("`data` hold no example: there is nothing to measure.")
         measured.finish(position, examples)
@@ -145,16 +148,17 @@ class _Measurement:
     seed: int
     lanczos_steps: int
     max_iterations: int
+    value_range: tuple[float, float] | None = (0.0, 1.0)
 
     def conditions(self) -> dict[str, str]:
         """What must be the same for numbers to go together, as text."""
         function = self.function
         found = {
-            "gradguard": environment(function)["gradguard"],
-            "model": f"{type(function.model).__name__} {_fingerprint(function.model)}",
-            "loss": f"{_plain_repr(function.loss_fn)} {_fingerprint(function.loss_fn)}",
+            "gradguard": version("gradguard"),
+            "model": f"{type(function.model).__name__} {fingerprint(function.model)}",
+            "loss": f"{plain_repr(function.loss_fn)} {fingerprint(function.loss_fn)}",
             "train mode": function.train_mode,
-            "defense": _plain_repr(self.defense),
+            "defense": plain_repr(self.defense),
             "seed": str(self.seed),
             "exact": str(self.exact),
             "lanczos_steps": str(self.lanczos_steps),
@@ -166,7 +170,7 @@ class _Measurement:
     def __call__(self, inputs: Tensor, targets: Tensor, first: int) -> Columns:
         """Every column but the digest, for examples `first`, `first + 1`, ... of the data."""
         function = self.function
-        _check(function, inputs, targets, first)
+        _check(function, inputs, targets, first, self.value_range)
         inputs, targets = function.cast(inputs.detach()), function.cast(targets.detach())
         parameters = function.parameters()
 
@@ -180,24 +184,27 @@ class _Measurement:
         # Operators of batches of one, so that nothing is weighted by the number of examples in the chunk.
         jacobian = InputJacobian.of_trials(function, inputs[:, None], targets[:, None])
         # A tolerance of zero: all the steps, whatever the neighbours in the chunk need.
-        bound = influence_lower_bound(
-            jacobian, delta, tolerance=0.0, max_iterations=min(self.lanczos_steps, jacobian.size), random=start
+        found = measure(
+            jacobian,
+            delta,
+            exact=self.exact,
+            max_iterations=self.max_iterations,
+            tolerance=0.0,
+            steps=min(self.lanczos_steps, jacobian.size),
+            random=start,
         )
-        hidden = bound.lambda_max <= 0
+        bounded = found.room <= TOLERANCE * found.lambda_max
         columns = {
             "label": _labels(targets),
             "loss": losses,
             "gradient_norm": gradient_norm,
             "noise_norm": torch.linalg.vector_norm(flatten(delta, batch_dims=1), dim=-1),
-            "projection": bound.value * (bound.lambda_max + bound.residual),
-            "lambda_max": bound.lambda_max,
-            "lower_bound": bound.value.masked_fill(hidden, torch.inf),
-            "predicted_error": torch.full_like(losses, torch.nan),
-            "converged": hidden | (bound.residual <= TOLERANCE * bound.lambda_max),
+            "projection": found.projected,
+            "lambda_max": found.lambda_max,
+            "lower_bound": found.lower_bound,
+            "predicted_error": found.predicted_error if self.exact else torch.full_like(losses, torch.nan),
+            "converged": found.traceless | (found.converged if self.exact else bounded),
         }
-        if self.exact:
-            error, converged = self._predicted_error(inputs, targets, delta)
-            columns |= {"predicted_error": error.masked_fill(hidden, torch.inf), "converged": hidden | converged}
         return {name: column.cpu().to(DTYPES[name]) for name, column in columns.items()}
 
     def _random_part(
@@ -214,28 +221,6 @@ class _Measurement:
             gradient = {n: g[r] for n, g in gradients.items()}
             deltas.append(self.defense.perturbation(gradient, jacobian, generator=generator))
         return {n: torch.stack([delta[n] for delta in deltas]) for n in gradients}, torch.stack(starts)
-
-    def _predicted_error(self, inputs: Tensor, targets: Tensor, delta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """I2F and whether its solver converged. One example's size decides on the method, not the chunk's."""
-        function, size = self.function, inputs[0].numel()
-        elements = size * function.num_parameters
-        dense = size <= DENSE_SIZE and elements <= DENSE_ELEMENTS
-        # Small eigenvalues of J J^T are lost in float32; where float64 is cheap it is taken.
-        if dense and function.device.type != "mps":
-            function = function.with_dtype(torch.float64)
-        step = max(1, DENSE_ELEMENTS // elements) if dense else len(inputs)
-        values, converged = [], []
-        for rows in (slice(r, r + step) for r in range(0, len(inputs), step)):
-            x, y = function.cast(inputs[rows]), function.cast(targets[rows])
-            answer = influence(
-                InputJacobian.of_trials(function, x[:, None], y[:, None]),
-                {n: d[rows] for n, d in delta.items()},
-                method="dense" if dense else "lsmr",
-                max_iterations=min(size, self.max_iterations),
-            )
-            values.append(answer.value)
-            converged.append(answer.converged)
-        return torch.cat(values), torch.cat(converged)
 
     def _generator_device(self) -> str:
         return "cuda" if self.function.device.type == "cuda" else "cpu"
@@ -255,14 +240,18 @@ def _labels(targets: Tensor) -> Tensor:
     return torch.where(whole, targets, torch.full_like(targets, NO_CLASS)).to(torch.int64)
 
 
-def _check(function: LossGradient, inputs: Tensor, targets: Tensor, first: int) -> None:
-    """`check_batch`, with the example at fault named."""
+def _check(
+    function: LossGradient, inputs: Tensor, targets: Tensor, first: int, value_range: tuple[float, float] | None
+) -> None:
+    """`check_batch` and `check_in_range`, with the example at fault named."""
     try:
         function.check_batch(inputs, targets)
+        check_in_range(inputs, value_range)
     except InputError as whole:
         for r in range(len(inputs)):
             try:
                 function.check_batch(inputs[r : r + 1], targets[r : r + 1])
+                check_in_range(inputs[r], value_range)
             except InputError as error:
                 raise InputError(f"Example {first + r} of the data: {error}") from error
         raise whole
@@ -298,13 +287,11 @@ class _Progress:
         self.input_shape: tuple[int, ...] = ()
         self.complete = False
         self.saved = True
-        self.last_write, self.write_seconds = time.monotonic(), 0.0
+        self.file = None if path is None else Checkpoint(path)
         self.earlier: Columns = {}
         self.conditions = measurement.conditions()
-        if path is not None and path.is_dir():
-            raise InputError(f"`checkpoint` must name a file, and {str(path)!r} is a folder.")
-        if path is not None and path.exists():
-            self._resume(Survey.load(path))
+        if self.file is not None and self.file.exists:
+            self._resume(Survey.load(self.file.path))
 
     @property
     def known(self) -> int:
@@ -328,8 +315,7 @@ class _Progress:
         """Take in a chunk; write the checkpoint if it is time."""
         self.parts.append(columns)
         self.input_shape, self.saved, self.complete = input_shape, False, False
-        # A write of everything so far is never to take more than a twentieth of the time.
-        if time.monotonic() - self.last_write > max(SAVE_EVERY, 20 * self.write_seconds):
+        if self.file is not None and self.file.due(SAVE_EVERY):
             self.save()
 
     def finish(self, position: int, examples: int | None) -> None:
@@ -344,12 +330,10 @@ class _Progress:
 
     def save(self) -> None:
         """Write the checkpoint, if there is something new."""
-        if self.path is None or self.saved or not self.parts:
+        if self.file is None or self.saved or not self.parts:
             return
-        begun = time.monotonic()
-        self.survey().save(self.path)
-        self.last_write, self.saved = time.monotonic(), True
-        self.write_seconds = self.last_write - begun
+        self.file.save(*self.survey().parts())
+        self.saved = True
 
     def survey(self) -> Survey:
         """Everything so far."""
@@ -357,13 +341,13 @@ class _Progress:
         function = self.measurement.function
         return Survey(
             model=type(function.model).__name__,
-            defense=_plain_repr(self.measurement.defense),
+            defense=plain_repr(self.measurement.defense),
             input_shape=self.input_shape,
             class_names=self.class_names,
             exact=self.measurement.exact,
             complete=self.complete,
             conditions=self.conditions,
-            environment=environment(function),
+            environment=environment(function.device, function.computing_dtype),
             **self.parts[0],
         )
 
@@ -380,159 +364,3 @@ class _Progress:
             )
         self.earlier = {name: getattr(earlier, name) for name in DTYPES}
         self.parts, self.input_shape, self.complete = [self.earlier], earlier.input_shape, earlier.complete
-
-
-def _plain_repr(thing: Any) -> str:
-    """`repr` without addresses in memory, the same in every process."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
-
-
-def _fingerprint(thing: Any) -> str:
-    """A hash of a module's structure, settings, parameters and buffers; of the name, for a plain function."""
-    hashed = hashlib.blake2b(_plain_repr(thing).encode(), digest_size=8)
-    if isinstance(thing, nn.Module):
-        for name, module in thing.named_modules():
-            # What a repr leaves out: `label_smoothing`, for instance. `training` is covered by the train mode.
-            settings = {n: v for n, v in vars(module).items() if isinstance(v, bool | int | float | str | tuple)}
-            settings.pop("training", None)
-            hashed.update(f"{name} {sorted(settings.items())}".encode())
-        for name, tensor in sorted(chain(thing.named_parameters(), thing.named_buffers()), key=lambda pair: pair[0]):
-            hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
-            hashed.update(_bytes(tensor.detach().reshape(1, -1))[0])
-    return hashed.hexdigest()
-
-
-def _digests(inputs: Tensor, targets: Tensor) -> Tensor:
-    """`(B,)` int64: a hash of each example's input and target."""
-    rows = zip(
-        _bytes(inputs.detach().reshape(len(inputs), -1)),
-        _bytes(targets.detach().reshape(len(targets), -1)),
-        strict=True,
-    )
-    hashes = [hashlib.blake2b(x + y, digest_size=8).digest() for x, y in rows]
-    return torch.from_numpy(np.frombuffer(b"".join(hashes), dtype="<i8").astype(np.int64))
-
-
-def _bytes(rows: Tensor) -> list[bytes]:
-    """Each row's memory; through uint8, since NumPy has no bfloat16."""
-    return [row.tobytes() for row in rows.cpu().contiguous().view(torch.uint8).numpy()]
-
-
-# ---------------------------------------------------------------------- reading data
-
-
-def _chunks(data: Any, size: int, examples: int | None) -> Iterator[Batch]:
-    """`data` as batches of `size`, the last one shorter; at most `examples` examples."""
-    held: list[Batch] = []
-    left = examples
-    for batch in _segments(data, size):
-        inputs, targets = batch if left is None else (part[:left] for part in batch)
-        left = None if left is None else left - len(inputs)
-        held.append((inputs, targets))
-        while sum(len(x) for x, _ in held) >= size:
-            inputs, targets = _joined(held)
-            yield inputs[:size], targets[:size]
-            held = [(inputs[size:], targets[size:])]
-        if left == 0:
-            break
-    if sum(len(x) for x, _ in held):
-        yield _joined(held)
-
-
-def _segments(data: Any, size: int) -> Iterator[Batch]:
-    """Batches of whatever length the data come in."""
-    pair = _in_memory(data)
-    if pair is not None:
-        inputs, targets = _checked(*pair)
-        yield from ((inputs[r : r + size], targets[r : r + size]) for r in range(0, len(inputs), size))
-    elif isinstance(data, IterableDataset) or _is_map_style(data):
-        examples = (data[i] for i in range(len(data))) if _is_map_style(data) else iter(data)
-        # One at a time, so that an error or Ctrl-C in the data set loses nothing that was read before.
-        for item in examples:
-            x, y = _pair(item)
-            yield _checked(torch.as_tensor(x)[None], torch.as_tensor(y)[None])
-    elif isinstance(data, Iterable) and not isinstance(data, Tensor | str | bytes):
-        for item in data:
-            x, y = _pair(item)
-            yield _checked(torch.as_tensor(x), torch.as_tensor(y))
-    else:
-        raise InputError(
-            "`data` must be a Dataset, an iterable of (inputs, targets) such as a DataLoader, a pair of tensors or "
-            f"gradguard.zoo.pictures.Pictures, got {type(data).__name__}."
-        )
-
-
-def _pair(item: Any) -> tuple[Any, Any]:
-    if not isinstance(item, tuple | list) or len(item) != 2:
-        raise InputError(f"`data` must give pairs (inputs, targets), and gave a {type(item).__name__}.")
-    x, y = item
-    if not isinstance(x, Tensor | np.ndarray):
-        raise InputError(
-            f"`data` must give inputs as tensors, and gave a {type(x).__name__}. Give the data set a "
-            "transform to tensors."
-        )
-    return x, y
-
-
-def _checked(inputs: Tensor, targets: Tensor) -> Batch:
-    if targets.ndim == 0 or inputs.ndim == 0 or len(inputs) != len(targets):
-        raise InputError(
-            f"`data` must hold one target per example, got inputs {tuple(inputs.shape)} and targets "
-            f"{tuple(targets.shape)}."
-        )
-    return inputs, targets
-
-
-def _joined(batches: list[Batch]) -> Batch:
-    if len(batches) == 1:
-        return batches[0]
-    try:
-        return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
-    except RuntimeError as error:
-        raise InputError(f"The examples of `data` must have one shape to be measured together: {error}.") from error
-
-
-def _in_memory(data: Any) -> Batch | None:
-    """Inputs and targets of data that are tensors already."""
-    if isinstance(data, Pictures):
-        return data.images, data.labels
-    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        return data[0], data[1]
-    return None
-
-
-def _is_map_style(data: Any) -> bool:
-    plain = isinstance(data, Tensor | list | tuple | str | bytes | IterableDataset)
-    return not plain and hasattr(data, "__getitem__") and hasattr(data, "__len__")
-
-
-def _length(data: Any) -> int | None:
-    """How many examples there are, where that is known beforehand."""
-    pair = _in_memory(data)
-    if pair is not None:
-        return len(pair[0])
-    inner = data if _is_map_style(data) else getattr(data, "dataset", None)
-    return len(inner) if inner is not None and hasattr(inner, "__len__") else None
-
-
-def _class_names(data: Any) -> tuple[str, ...]:
-    """The data set's own names: `class_names`, or `classes` as torchvision calls them."""
-    for owner in (data, getattr(data, "dataset", None)):
-        for name in ("class_names", "classes"):
-            found = getattr(owner, name, None)
-            if found:
-                return tuple(str(n) for n in found)
-    return ()
-
-
-@contextmanager
-def _bar(total: int | None, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on the terminal's standard error, gone when it ends; silent where there is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    shape = (TextColumn("measuring examples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*shape, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda done: progress.update(task, completed=done)

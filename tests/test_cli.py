@@ -92,7 +92,7 @@ def test_check_blocks_without_a_defense(model_file, gradient_file):
 
 
 def test_check_lets_through_what_meets_the_policy(model_file, gradient_file):
-    arguments = ("--min-error", 0, "--max-psnr", 1000)
+    arguments = ("--min-error", 0, "--max-psnr", 1000, "--max-ssim", 1)
     result = run("check", gradient_file, "--model", model_file, *QUICK, *arguments)
     assert result.exit_code == 0
     assert result.output.startswith("send: ")
@@ -111,6 +111,33 @@ def test_the_noise_of_check_is_secret_unless_it_is_seeded(model_file, gradient_f
         sent.append(torch.cat([(g - bare[n]).flatten() for n, g in load_gradient(path).items()]))
     assert torch.nn.functional.cosine_similarity(sent[0], sent[1], dim=0).abs() < 0.1
     assert torch.equal(sent[2], sent[3])
+def test_check_of_what_nothing_proves_is_no(model_file, gradient_file):
+    """A model that no attack here works on: the defense's noise proves nothing, unless that is accepted by name."""
+    arguments = ("check", gradient_file, "--model", model_file, "--batch-size", 4, "--attacked", 1, "--attack", "rgap")
+    noisy = (*arguments, "--min-error", 0, "--max-psnr", 1000, "--max-ssim", 1)
+    assert run(*noisy).exit_code == 0
+    unproven = run(*noisy, "--max-labels", 1, "--json")  # labels are to be judged, and no attack on labels runs
+    assert unproven.exit_code == 1, unproven.output
+    found = json.loads(unproven.stdout)
+    assert found["decision"] == "unproven"
+    assert "no attack on labels has run" in " ".join(found["reasons"])
+    assert run(*noisy, "--max-labels", 1, "--accept-unproven").exit_code == 0
+
+
+def test_the_value_range_is_an_option(model_file, tmp_path):
+    arguments = ("audit", "--model", model_file, *QUICK, "--json")
+    assert run(*arguments, "--value-range", "none").exit_code == 0
+    refused = run(*arguments, "--value-range", "0,0.5")
+    assert refused.exit_code == 2
+    assert "outside the value range [0, 0.5]" in refused.stderr
+    wide = json.loads(run(*arguments, "--value-range", "0,255").stdout)
+    assert wide["extra"]["threat"]["value_range"] == [0.0, 255.0]
+    assert run(*arguments[:3], "--examples", 3, "--value-range", "0,0.5").exit_code == 2
+    for wrong in ("0", "a,b", "1,0", "0,1,2"):
+        result = run(*arguments, "--value-range", wrong)
+        assert result.exit_code == 2
+        assert "value" in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 def test_rank():

@@ -17,7 +17,7 @@ def test_a_gradient_that_meets_the_policy():
 @pytest.mark.parametrize(
     ("measures", "sentence"),
     [
-        ({"predicted_error": 0.05}, "the predicted error of a perfect attacker is 0.05 of the value range, below 0.1"),
+        ({"predicted_error": 0.05}, "the predicted error of gradient matching is 0.05 of the value range, below 0.1"),
         ({"attacked_psnr": 31.26}, "an attack reconstructs an example at 31.3 dB, above 20.0 dB"),
         ({"label_recovery": 0.75}, "75% of the labels are recovered, more than 50%"),
     ],

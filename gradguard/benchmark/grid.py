@@ -110,6 +110,7 @@ def compare(
     Returns:
         A row per defense, the bare gradient first.
     """
+    (threat or ThreatModel()).check_inputs(inputs)
 
     def row(defense: Defense | None) -> ComparisonRow:
         guard = Guard(defense=defense, attacks=attacks, threat=threat)
@@ -136,7 +137,7 @@ def _row(report: LeakageReport, defense: Defense | None, cosine: float, score: f
         noise_ratio=report.noise_ratio,
         cosine=cosine,
         predicted_error=torch.tensor(report.predicted_error, dtype=torch.float64).min().item(),
-        psnr={n: max(cases[case].psnr) for n, cases in report.attacks.items() if case in cases and cases[case].psnr},
+        psnr={n: psnr for n, score in report.scores(case).items() if (psnr := score.best_psnr) is not None},
         best_psnr=report.best_psnr(case),
         label_recovery=labels.i_rec if labels else None,
         score=score,

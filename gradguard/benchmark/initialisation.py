@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from gradguard.defenses import GaussianNoise
 from gradguard.errors import InputError
+from gradguard.evaluation.measurement import fits_dense, measure
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossFunction, LossGradient
-from gradguard.leakage import influence, influence_lower_bound
-from gradguard.leakage.influence import fits_dense
 from gradguard.report.theme import FONT, LIGHT, WIDTH, Theme, set_text, short, sparse_log_ticks, style_axes, title_style
+from gradguard.threats.model import check_in_range, check_value_range
 
 #: Sets a model's weights and biases in place, drawing from the generator.
 Initialiser = Callable[[nn.Module, torch.Generator], None]
@@ -97,7 +97,7 @@ class InitialisationRow:
 
     `model`; `initialisation`; `num_parameters`: `P`. `lambda_max`: the largest eigenvalue of `J J^T` of one example,
     a batch of its own. `projected`: `|J delta|`. `bound`: the I2F lower bound `|J delta| / lambda_max`, input units:
-    low means that a perfect attacker may land close to the picture. `exact`: I2F itself, where it was computed.
+    low means that gradient matching may land close to the picture. `exact`: I2F itself, where it was computed.
     `gradient_norm`: `|g|` of the example. `converged`: the share of eigenvalues that Lanczos has found.
     """
 
@@ -189,6 +189,7 @@ def compare_initialisations(
     exact: bool | None = None,
     dtype: torch.dtype = torch.float64,
     chunk_size: int | None = None,
+    value_range: tuple[float, float] | None = (0.0, 1.0),
 ) -> InitialisationComparison:
     """The influence of one and the same noise on gradients of networks that differ in how they were initialised.
 
@@ -200,7 +201,10 @@ def compare_initialisations(
         large then gain nothing by it. All examples of a seed see the same draw, up to its length.
     `seeds`: one draw of weights and of noise each. `exact`: also solve for I2F; by default where `J` is small enough
         to be formed. `dtype`: what it computes in. `chunk_size`: examples at a time, a bound on memory.
+    `value_range`: of valid inputs, `None` for any; others are refused: errors are read as shares of it.
     """
+    check_value_range(value_range)
+    check_in_range(inputs, value_range)
     if noise_std is not None and noise_ratio is not None:
         raise InputError(f"Give at most one of `noise_std` and `noise_ratio`, got {noise_std} and {noise_ratio}.")
     ratio = noise_ratio is not None
@@ -282,18 +286,18 @@ def _measured(
     else:
         like, scale = parameters, torch.ones_like(length)
     delta = noise.perturbation(like, generator=generator)
+    exact = fits_dense(jacobian) if exact is None else exact
     # Tighter than the default: here lambda_max is itself a result.
-    bound = influence_lower_bound(jacobian, delta, tolerance=1e-2, generator=generator)
-    projected = torch.linalg.vector_norm(jacobian.matvec(delta).flatten(1), dim=1)
+    measures = measure(jacobian, delta, exact=exact, tolerance=1e-2, generator=generator)
     found = {
-        "lambda_max": bound.lambda_max,
-        "projected": scale * projected,
-        "bound": scale * bound.value,
+        "lambda_max": measures.lambda_max,
+        "projected": scale * measures.projected,
+        "bound": scale * measures.lower_bound,
         "gradient_norm": length,
-        "converged": bound.converged.double(),
+        "converged": measures.bound_converged.double(),
     }
-    if exact or (exact is None and fits_dense(jacobian)):
-        found["exact"] = scale * influence(jacobian, delta).value
+    if exact:
+        found["exact"] = scale * measures.predicted_error
     return found
 
 
@@ -327,9 +331,9 @@ def _plot(comparison: InitialisationComparison, theme: Theme) -> Figure:
     several = len({row.model for row in rows}) > 1
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     jitter = np.random.default_rng(0)
-    for axes, measure in zip(grid, panels, strict=True):
+    for axes, name in zip(grid, panels, strict=True):
         for lane, row in enumerate(rows):
-            values = np.asarray(getattr(row, measure) or (), dtype=float)
+            values = np.asarray(getattr(row, name) or (), dtype=float)
             values = values[np.isfinite(values) & (values > 0)]
             color = theme.series[names.index(row.initialisation) % len(theme.series)]
             heights = lane + jitter.uniform(-0.22, 0.22, len(values))
@@ -338,7 +342,7 @@ def _plot(comparison: InitialisationComparison, theme: Theme) -> Figure:
                 middle = float(np.median(values))
                 axes.plot([middle, middle], [lane - 0.36, lane + 0.36], color=color, linewidth=2.2, zorder=3)
         axes.set_xscale("log")
-        style_axes(axes, theme, _PANELS[measure], "")
+        style_axes(axes, theme, _PANELS[name], "")
         sparse_log_ticks(axes)
         axes.grid(axis="x", color=theme.grid, linewidth=0.8)
         axes.tick_params(axis="y", length=0)

@@ -1,6 +1,6 @@
 """Perturbations in the range of `J^T`: to move the attacker's picture by `d`, send `g + J^T d`.
 
-`(J J^T)^{-1} J` is the pseudo-inverse of `J^T`, so `delta = J^T d` is the shortest perturbation that moves a perfect
+`(J J^T)^{-1} J` is the pseudo-inverse of `J^T`, so `delta = J^T d` is the shortest perturbation that moves a matching
 attacker's reconstruction by `d`; to first order it is the gradient of the pictures `x + d`. All such a defense
 chooses is the law of `d`. It costs one forward-over-reverse pass.
 """

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +17,36 @@ from gradguard.functional.vectors import Gradient
 from gradguard.leakage import count_labels, fidelity, label_recovery
 from gradguard.report import AttackScore, LabelScore
 from gradguard.threats.model import ThreatModel
+
+
+def named(attacks: Sequence[Attack]) -> dict[str, Attack]:
+    """Each attack under a name of its own.
+
+    Its class's name where that is the only one, else with the settings that differ from the defaults, for instance
+    `DLG(restarts=8)`. Attacks that are the same in all of them are numbered.
+    """
+    count = Counter(attack.name for attack in attacks)
+    names = [attack.name if count[attack.name] == 1 else _with_settings(attack) for attack in attacks]
+    twins, found = Counter(names), {}
+    seen: Counter[str] = Counter()
+    for name, attack in zip(names, attacks, strict=True):
+        seen[name] += 1
+        found[f"{name} #{seen[name]}" if twins[name] > 1 else name] = attack
+    return found
+
+
+def _with_settings(attack: Attack) -> str:
+    """The attack's name and the settings that are not the defaults."""
+    if not dataclasses.is_dataclass(attack):
+        return attack.name
+    changed = []
+    for setting in dataclasses.fields(attack):
+        factory = setting.default_factory
+        default = setting.default if factory is dataclasses.MISSING else factory()
+        value = getattr(attack, setting.name)
+        if setting.repr and (default is dataclasses.MISSING or value != default):
+            changed.append(f"{setting.name}={value!r}")
+    return f"{attack.name}({', '.join(changed)})" if changed else attack.name
 
 
 def score_attack(
@@ -30,7 +63,8 @@ def score_attack(
 
     `true`: the batch's gradient; `sent`: what the attacker sees of it. `attacked`: indices of the examples that are
     attacked, one by one or, where the threat model's attacker does not know the others, together; an attack on labels
-    always gets the whole batch, without its labels. An attack that cannot work here is a score with its `failure`.
+    always gets the whole batch, without its labels. An attack that cannot work here, or breaks, is a score with its
+    `failure`.
     """
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -39,13 +73,18 @@ def score_attack(
         groups = [[index] for index in attacked] if threat.others_known else [list(attacked)]
         observations = [observe(jacobian, true, sent, group, threat=threat) for group in groups]
         results = [attack(observation, generator=generator) for observation in observations]
+        if any(result.inputs is None for result in results):
+            return AttackScore(failure="the attack returned no reconstruction")
+        value_range = threat.range_of(jacobian.inputs)
+        scores = [
+            fidelity(result.inputs, jacobian.inputs[group], value_range=value_range)
+            for result, group in zip(results, groups, strict=True)
+            if result.inputs is not None
+        ]
     except InputError as error:
         return AttackScore(failure=str(error))
-    scores = [
-        fidelity(result.inputs, jacobian.inputs[group], value_range=threat.value_range)
-        for result, group in zip(results, groups, strict=True)
-        if result.inputs is not None
-    ]
+    except Exception as error:  # an attack of any kind, on any model: its failure is a finding, not the audit's end
+        return AttackScore(failure=f"{type(error).__name__}: {error}")
     return AttackScore(
         psnr=torch.cat([s.psnr for s in scores]).tolist(),
         ssim=torch.cat([s.ssim for s in scores]).tolist(),
@@ -81,16 +120,23 @@ def observe(
     )
 
 
-def prior_psnr(inputs: Tensor, attacked: Sequence[int], *, threat: ThreatModel) -> float:
-    """dB of a guess that looks at no gradient: the batch's other examples' mean, mid-range for a single one."""
-    low, high = threat.value_range
+def guess_psnr(inputs: Tensor, attacked: Sequence[int], *, threat: ThreatModel) -> list[float]:
+    """dB per attacked example of the best guess that looks at no gradient: the mean of the batch's other examples, or
+    mid-range, whichever is closer to it."""
+    low, high = threat.range_of(inputs)
     inputs = inputs.double()
+    guesses = [torch.full_like(inputs, (low + high) / 2)]
     if len(inputs) > 1:
-        guess = (inputs.sum(0) - inputs) / (len(inputs) - 1)
-    else:
-        guess = torch.full_like(inputs, (low + high) / 2)
-    mse = (guess - inputs)[list(attacked)].square().flatten(1).mean(1)
-    return (20 * torch.log10(torch.tensor(high - low)) - 10 * torch.log10(mse)).mean().item()
+        guesses.append((inputs.sum(0) - inputs) / (len(inputs) - 1))
+    errors = torch.stack([(guess - inputs).square().flatten(1).mean(1) for guess in guesses])
+    mse = errors.min(0).values[list(attacked)].clamp_min(torch.finfo(torch.float64).tiny)
+    return (20 * math.log10(high - low) - 10 * torch.log10(mse)).tolist()
+
+
+def prior_psnr(inputs: Tensor, attacked: Sequence[int], *, threat: ThreatModel) -> float:
+    """dB of the best guess that looks at no gradient, mean over the attacked examples: see `guess_psnr`."""
+    guesses = guess_psnr(inputs, attacked, threat=threat)
+    return sum(guesses) / len(guesses)
 
 
 def _score_labels(

@@ -173,6 +173,8 @@ class GradGuard(Callback):
         """Remember what the next gradient is computed from."""
         if not self._checked:
             self._function(pl_module).check_model()
+            # The first batch only: later ones are looked at where they are measured, without a sync at every step.
+            self.guard.threat.check_inputs(self.unpack(batch)[0])
             self._checked = True
         inputs, targets = self.unpack(batch)
         if self.rank and self._rank_index is None:
@@ -426,7 +428,9 @@ class GradGuard(Callback):
         )
         self.last_report = report
         case: Case = "with" if defended else "without"
-        values = {f"psnr/{n}": max(c[case].psnr) for n, c in report.attacks.items() if case in c and c[case].psnr}
+        values = {
+            f"psnr/{n}": psnr for n, score in report.scores(case).items() if (psnr := score.best_psnr) is not None
+        }
         best = report.best_psnr(case)
         if best is not None:
             values["attacked_psnr"] = best

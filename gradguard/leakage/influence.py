@@ -1,4 +1,4 @@
-"""The inversion influence function: how far a perturbation of the gradient moves a perfect attacker's picture.
+"""The inversion influence function: how far a perturbation of the gradient moves a matching attacker's picture.
 
 Source: Zhang et al. 2023, "Understanding Deep Gradient Leakage via Inversion Influence Functions" (I2F).
 """

@@ -34,6 +34,7 @@ ADVICE = {
     "send": "Send the gradient as it is.",
     "perturb": "Send the perturbed gradient, not the true one.",
     "block": "Send neither the true gradient nor the perturbed one.",
+    "unproven": "Do not send this gradient: nothing proves that it is safe.",
 }
 
 
@@ -183,7 +184,7 @@ def _worst_pictures(report: LeakageReport) -> list[dict[str, Any]]:
             if x.pictures is not None and place < len(x.psnr)
         ]
         if seen:
-            psnr, name, picture = max(seen, key=lambda entry: entry[0])
+            psnr, name, picture = max(seen, key=lambda entry: -math.inf if math.isnan(entry[0]) else entry[0])
             unit = "\u00a0dB" if psnr < float("inf") else ""
             found.append((f"{name} {s.case_words(report, case)}: {s.decibels(psnr)}{unit}", case, picture))
     if len(found) == 1:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from gradguard.report.scores import AttackScore, LabelScore, best_per_example, best_psnr, best_ssim
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Decision = Literal["send", "perturb", "block"]
+Decision = Literal["send", "perturb", "block", "unproven"]
 Case = Literal["without", "with"]  # the gradient as it is, and as the defense sends it
 
 
@@ -23,7 +25,9 @@ Case = Literal["without", "with"]  # the gradient as it is, and as the defense s
 class Verdict:
     """What to do with a gradient, and why.
 
-    `decision`: "send" it as it is, "perturb" it (send the perturbed one), or "block" it (send neither).
+    `decision`: "send" it as it is, "perturb" it (send the perturbed one), "block" it (send neither), or "unproven":
+    the policy's numbers are met, but what they rest on proves nothing (attacks that fail without a defense too,
+    predictions that did not converge), so send neither.
     `reasons`: sentences for people, at least one.
     `noise_ratio`: `|sent - true| / |true|` of the gradient that the decision is about.
     `measures`: the numbers the decision rests on, by name.
@@ -36,42 +40,6 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackScore:
-    """How close one attack came to the truth, per example attacked.
-
-    `psnr`: dB in [0, 1] pixel space; `ssim`: in [-1, 1]; `mse`: pixel units squared; each a list over examples.
-    `matching_loss`: the attack's own relative squared gradient distance, mean over observations.
-    `converged`: share of observations on which the attack converged by its own criterion.
-    `seconds`: wall clock over all. `failure`: why the attack could not run; the lists are then empty.
-    `pictures`: `(examples, *input_shape)`: private, written nowhere unless asked for.
-    """
-
-    psnr: list[float] = field(default_factory=list)
-    ssim: list[float] = field(default_factory=list)
-    mse: list[float] = field(default_factory=list)
-    matching_loss: float = float("nan")
-    converged: float = 0.0
-    seconds: float = float("nan")
-    failure: str | None = None
-    pictures: Tensor | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelScore:
-    """How much of the labels was recovered.
-
-    `le_acc`: classes whose presence was told rightly, `ln_acc`: classes whose count was told rightly, both over all
-    `C` classes; `i_rec`: `sum_c min(n_hat_c, n_c) / B`; all in [0, 1]. `recovered`, `true`: counts per class.
-    """
-
-    le_acc: float
-    ln_acc: float
-    i_rec: float
-    recovered: list[int] = field(default_factory=list)
-    true: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
 class LeakageReport:
     """Everything an audit of one batch found. Lists run over the batch's examples.
 
@@ -81,13 +49,17 @@ class LeakageReport:
     `gradient_norm`: `|g|`; `noise_ratio`: `|delta| / |g|` of the defense (0 without one).
 
     What leaks, in closed form (I2F, Zhang et al. 2023); per example, the attacker knowing all the others:
-    `predicted_error`: `|x_hat - x|` of a perfect attacker on the defended gradient, in input units (Euclidean norm
-    over the example); `lower_bound`: its cheap lower bound; `lambda_max`: of `J J^T`;
+    `predicted_error`: `|x_hat - x|` of an attacker who matches the defended gradient, in input units (Euclidean norm
+    over the example); one who also knows what pictures look like can come closer. `lower_bound`: its cheap lower
+    bound; `lambda_max`: of `J J^T`;
     `predicted_converged`: whether the solver did; `spectrum`: eigenvalues of `J J^T`, largest first, a list per
     example (all for small inputs, the leading ones otherwise).
 
-    What attacks get: `attacks[name]["without" | "with"]`, and `label_recovery["without" | "with"]`.
-    `prior_psnr`: dB, what guessing the data's mean picture gets: no attack below it has learnt anything.
+    What attacks get: `attacks[name]["without" | "with"]`; a name is the attack's own, with its settings where two
+    have one name. `label_attacks[name]["without" | "with"]`: every attack on the labels; `label_recovery["without" |
+    "with"]`: the best of them.
+    `guess_psnr`: dB per attacked example, what the best guess that looks at no gradient gets (the mean of the batch's
+    others, or mid-range); `prior_psnr`: its mean. No attack below it has learnt anything.
 
     `verdict`: what the policy says. `environment`: versions, device, dtype, date.
     `extra`: further sections of the main job (`accuracy`, `influence_check`) and the threat model's fields (`threat`),
@@ -110,7 +82,9 @@ class LeakageReport:
     spectrum: list[list[float]]
     attacks: dict[str, dict[Case, AttackScore]] = field(default_factory=dict)
     label_recovery: dict[Case, LabelScore] = field(default_factory=dict)
+    label_attacks: dict[str, dict[Case, LabelScore]] = field(default_factory=dict)
     prior_psnr: float | None = None
+    guess_psnr: list[float] = field(default_factory=list)
     verdict: Verdict | None = None
     environment: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -124,27 +98,34 @@ class LeakageReport:
 
     def worst_example(self) -> int | None:
         """Index into the batch of the example that leaks most: highest PSNR of any attack on the defended gradient
-        (on the bare one without a defense), or, where nothing was attacked, the lowest predicted error."""
-        best: dict[int, float] = {}
-        for cases in self.attacks.values():
-            score = cases.get("with", cases.get("without"))
-            for index, psnr in zip(self.attacked, score.psnr if score else [], strict=False):
-                if not math.isnan(psnr):
-                    best[index] = max(best.get(index, float("-inf")), psnr)
-        if best:
-            return max(best, key=lambda index: best[index])
-        known = [index for index, error in enumerate(self.predicted_error) if not math.isnan(error)]
-        return min(known, key=lambda index: self.predicted_error[index], default=None)
+        (on the bare one without a defense), or, where nothing was attacked, the lowest predicted error.
+
+        It points at an example and judges nothing: examples whose number is missing are passed over.
+        """
+        scores = [cases.get("with", cases.get("without", AttackScore())) for cases in self.attacks.values()]
+        best = zip(self.attacked, best_per_example(scores, len(self.attacked)), strict=True)
+        known = {index: psnr for index, psnr in best if psnr is not None and not math.isnan(psnr)}
+        if known:
+            return max(known, key=lambda index: known[index])
+        errors = [index for index, error in enumerate(self.predicted_error) if not math.isnan(error)]
+        return min(errors, key=lambda index: self.predicted_error[index], default=None)
 
     def worst_class(self) -> str | None:
         """The class of the worst example."""
         worst = self.worst_example()
         return None if worst is None else self.class_name(self.labels[worst])
 
+    def scores(self, case: Case) -> dict[str, AttackScore]:
+        """What each attack got from one of the gradients."""
+        return {name: cases[case] for name, cases in self.attacks.items() if case in cases}
+
     def best_psnr(self, case: Case) -> float | None:
-        """The highest PSNR (dB) of any attack on any example; `None` where nothing was attacked."""
-        values = [p for cases in self.attacks.values() if case in cases for p in cases[case].psnr if not math.isnan(p)]
-        return max(values) if values else None
+        """The highest PSNR (dB) of any attack on any example, NaN if one is; `None` where nothing was attacked."""
+        return best_psnr(self.scores(case).values())
+
+    def best_ssim(self, case: Case) -> float | None:
+        """The highest SSIM of any attack on any example; `None` where nothing was attacked, and for other inputs."""
+        return best_ssim(self.scores(case).values())
 
     # ------------------------------------------------------------------ forms of it
 

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from gradguard.errors import InputError
 from gradguard.report.leakage_report import _plain
-from gradguard.storage.files import atomic_path
+from gradguard.storage.checkpoint import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -159,7 +157,7 @@ class Survey:
 
     @property
     def error(self) -> Tensor:
-        """The column that ranks examples, `(N,)`, input units: how far a perfect attacker misses. Small is bad."""
+        """The column that ranks examples, `(N,)`, input units: of gradient matching, predicted. Small is bad."""
         return getattr(self, self.measure)
 
     @property
@@ -324,10 +322,12 @@ class Survey:
 
     def save(self, path: str | Path) -> None:
         """Write it as safetensors, atomically, readable by the owner only: labels, losses and digests are private."""
+        write_tensors(path, *self.parts())
+
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The columns, and the rest as plain data: what its file holds."""
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in DTYPES}
-        columns = {name: getattr(self, name).contiguous() for name in DTYPES}
-        with atomic_path(path) as temporary:
-            safetensors.torch.save_file(columns, temporary, metadata={"survey": json.dumps(rest)})
+        return {name: getattr(self, name) for name in DTYPES}, rest
 
     @classmethod
     def load(cls, path: str | Path) -> Survey:
@@ -346,16 +346,15 @@ class Survey:
         if not path.is_file():
             raise InputError(f"There is no survey file {str(path)!r}.")
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                rest = json.loads((file.metadata() or {})["survey"])
-                columns = {name: file.get_tensor(name) for name in DTYPES}
+            tensors, rest = read_tensors(path)
+            columns: dict[str, Any] = {name: tensors[name] for name in DTYPES}
             for name in ("input_shape", "class_names"):
                 rest[name] = tuple(rest[name])
             survey = cls(**rest, **columns)
             wrong = [n for n, dtype in DTYPES.items() if columns[n].dtype != dtype or columns[n].ndim != 1]
             if wrong or len({len(column) for column in columns.values()}) != 1:
                 raise ValueError(f"columns of unequal length or of the wrong type {wrong}")
-        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{str(path)!r} is not a survey that gradguard wrote ({error}). Name another file, or delete this one "
                 "to start anew."

@@ -48,7 +48,7 @@ def survey_words(survey: Survey) -> list[str]:
         words.append(f"The least exposed example's is {s.number(survey.spread)} times the most exposed one's.")
     if not survey.exact:
         words.append(
-            "These are lower bounds: real errors can be far larger, and in another order. Solve for them to know."
+            "These are lower bounds: predicted errors can be far larger, and in another order. Solve for them to know."
         )
     hidden = int(survey.error.isinf().sum())
     if hidden:
@@ -62,7 +62,7 @@ def survey_words(survey: Survey) -> list[str]:
 
 
 def _unconverged_words(survey: Survey) -> str:
-    return "the real error is larger" if survey.exact else "those bounds are rougher than they could be"
+    return "the predicted error is larger" if survey.exact else "those bounds are rougher than they could be"
 
 
 def _summary(survey: Survey) -> Iterable[RenderableType]:

@@ -14,7 +14,7 @@ from rich.text import Text
 from gradguard.report import summaries as s
 from gradguard.report.leakage_report import LeakageReport
 
-DECISION_STYLES = {"send": "bold green", "perturb": "bold yellow", "block": "bold red"}
+DECISION_STYLES = {"send": "bold green", "perturb": "bold yellow", "block": "bold red", "unproven": "bold red"}
 WORST = "bold magenta"
 #: Most rows of the influence check and of the label counts that are printed; the page and the JSON have them all.
 ROWS = 16
@@ -111,7 +111,7 @@ def _predicted_errors(report: LeakageReport) -> Iterable[RenderableType]:
     rows = s.error_rows(report)
     if not rows:
         return
-    yield _title("Predicted error", "a perfect attacker's miss, in input units; small = exposed")
+    yield _title("Predicted error", "of gradient matching, in input units; small = exposed")
     folded = len(report.predicted_error) > s.FOLD_ABOVE
     heading = f"of {len(report.predicted_error)} examples" if folded else "example"
     table = _table(
@@ -125,7 +125,7 @@ def _predicted_errors(report: LeakageReport) -> Iterable[RenderableType]:
     if missed := s.unconverged(report):
         star = "" if folded else "* "
         yield _note(
-            f"{star}{s.count(missed, 'prediction')} did not converge: the real error is larger.", style="yellow"
+            f"{star}{s.count(missed, 'prediction')} did not converge: the predicted error is larger.", style="yellow"
         )
 
 

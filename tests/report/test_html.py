@@ -278,3 +278,17 @@ def test_a_large_batch_is_folded(large: LeakageReport):
     words = Reader(render_html(large)).words
     assert "Quantiles over 40 examples" in words
     assert "The most exposed classes" in words
+
+
+def test_an_unproven_verdict_is_an_instruction_not_to_send(report: LeakageReport):
+    verdict = dataclasses.replace(report.verdict, decision="unproven", reasons=("no attack works",))
+    page = render_html(dataclasses.replace(report, verdict=verdict))
+    assert "<h2>unproven</h2>" in page
+    assert "nothing proves that it is safe" in page
+    assert ".banner.unproven" in page
+
+
+def test_the_prediction_is_not_called_a_limit(report: LeakageReport):
+    page = render_html(report)
+    assert "perfect attacker" not in page
+    assert "One who also knows what pictures look like can come" in page

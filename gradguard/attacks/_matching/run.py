@@ -93,7 +93,7 @@ class MatchingRun:
 
     def search(self, bar: Any) -> None:
         """Advance until there is nothing left to gain, or to spend."""
-        attack, began, written = self.attack, time.perf_counter(), time.perf_counter()
+        attack, began = self.attack, time.perf_counter()
         limit = attack.optimiser.evaluations
         while True:
             # Trials that began later have more left: the look at which the first is spent must not be missed.
@@ -108,9 +108,8 @@ class MatchingRun:
             if not self._drop_what_has_ended(limit):
                 break
             now = time.perf_counter()
-            if self.checkpoint is not None and now - written > CHECKPOINT_SECONDS:
+            if self.checkpoint is not None and self.checkpoint.due(CHECKPOINT_SECONDS):
                 self.save()
-                written = now
             if attack.max_seconds is not None and now - began > attack.max_seconds:
                 self.stopped = "time"
                 break
