@@ -8,7 +8,9 @@ __version__ = "0.1.0"
 
 from gradguard import _moved, attacks, defenses, leakage, linalg
 from gradguard.errors import InputError, UnsupportedModelError
+from gradguard.functional.as_gradient import as_gradient
 from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.local_training import LocalTraining
 from gradguard.functional.loss_gradient import LossGradient
 from gradguard.guard import Guard
 from gradguard.policy import Policy
@@ -22,12 +24,14 @@ __all__ = [
     "InputError",
     "InputJacobian",
     "LeakageReport",
+    "LocalTraining",
     "LossGradient",
     "Policy",
     "Survey",
     "ThreatModel",
     "UnsupportedModelError",
     "Verdict",
+    "as_gradient",
     "attacks",
     "defenses",
     "leakage",
