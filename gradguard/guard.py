@@ -9,17 +9,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradguard.attacks import DLG, ILRG, RGAP, Attack
 from gradguard.defenses import Defense
+from gradguard.defenses.coverage import Uncovered, cover
 from gradguard.errors import InputError
+from gradguard.evaluation.messages import FOREIGN, Message, bare_tensors, covered_sentences, read_message
 from gradguard.evaluation.scoring import prior_psnr, score_attack
+from gradguard.functional.as_gradient import Missing, as_gradient
 from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.local_training import LocalTraining
 from gradguard.functional.loss_gradient import LossFunction, LossGradient, TrainMode
-from gradguard.functional.vectors import Gradient, add, flatten, norm
+from gradguard.functional.vectors import Gradient, add, norm
 from gradguard.leakage import influence, influence_lower_bound, spectrum
 from gradguard.policy import Policy
 from gradguard.report import LabelScore, LeakageReport, Verdict
@@ -55,6 +60,8 @@ class Guard:
     `train_mode`: see `LossGradient`: what to do with modules that mix examples or are random in training mode.
     `max_iterations`: of the influence solver on inputs too large for a dense Jacobian; where it runs out, the
     prediction is still a lower one, and the report says that it did not converge.
+    `uncovered`: what becomes of tensors of a message that the defense leaves as they are: "noise" covers them with
+    isotropic noise at the same ratio, "refuse" raises (see `gradguard.defenses.coverage`).
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class Guard:
         threat: ThreatModel | None = None,
         train_mode: TrainMode = "error",
         max_iterations: int = 300,
+        uncovered: Uncovered = "noise",
     ) -> None:
         if defense is not None and not isinstance(defense, Defense):
             raise InputError(f"`defense` must be a gradguard.defenses.Defense, got {type(defense).__name__}.")
@@ -78,6 +86,9 @@ class Guard:
         self.threat = threat or ThreatModel()
         self.train_mode: TrainMode = train_mode
         self.max_iterations = max_iterations
+        if uncovered not in ("noise", "refuse"):
+            raise InputError(f'`uncovered` must be "noise" or "refuse", got {uncovered!r}.')
+        self.uncovered: Uncovered = uncovered
 
     def __repr__(self) -> str:
         return (
@@ -93,14 +104,15 @@ class Guard:
         inputs: Tensor,
         targets: Tensor,
         *,
-        sent: Gradient | None = None,
+        sent: Any = None,
         class_names: Sequence[str] = (),
         generator: torch.Generator | None = None,
     ) -> LeakageReport:
         """What the gradient of this batch gives away, as it is and as the defense sends it.
 
         `inputs`: `(B, *input_shape)` in the threat model's value range; `targets`: `(B, ...)`.
-        `sent`: what was really sent, where that is known (default: what the defense makes of the true gradient).
+        `sent`: what was really sent, in any form that `as_gradient` takes (default: what the defense makes of the
+        true gradient).
         `class_names`: for the report. `generator`: all randomness, of the defense and of the attacks.
         Raises what `LossGradient` raises, before any long work. An attack that cannot work on this model is no error:
         the report says why it did not run.
@@ -112,7 +124,7 @@ class Guard:
             if sent is None:
                 sent = self._defended(true, jacobian, generator)
             else:
-                function.check_gradient(sent)
+                sent = as_gradient(model, sent)
             advance("measuring")
             measures = self.measure(jacobian, true, sent or true, generator=generator)
             eigenvalues = spectrum(jacobian, generator=generator).values
@@ -160,60 +172,100 @@ class Guard:
         loss_fn: LossFunction,
         inputs: Tensor,
         targets: Tensor,
-        gradient: Gradient | None = None,
+        gradient: Any = None,
         *,
+        training: LocalTraining | None = None,
+        declared: Defense | None = None,
+        missing: Missing = "error",
+        foreign: float = FOREIGN,
         verify: bool = True,
         generator: torch.Generator | None = None,
     ) -> tuple[Gradient | None, Verdict]:
         """The pre-send check: what to send instead of `gradient`, and why.
 
-        `gradient`: what is about to be sent, one tensor per trainable parameter (default: the batch's true gradient).
-        It may already be compressed or noisy: what it differs by from the true gradient counts as noise. If it is
-        (nearly) a multiple of it (clipping, a loss scale), the factor is taken out first and the verdict says so.
-        `verify`: run the guard's attacks too; the verdict then rests on measures and attacks, else on measures alone.
+        Only declared randomness protects. What `gradient` differs by from the batch's true gradient hides nothing
+        unless a defense drew it: factors, masks, rounding, clipping, weight decay and whatever gradguard cannot explain
+        count as known to the attacker, and the verdict names them.
 
-        Returns the gradient to send and a verdict: "send" (the gradient as given meets the policy), "perturb" (the
-        defended one does), or "block" (neither does; the gradient is then `None`).
+        Args:
+            model: at the weights that the message was computed at.
+            loss_fn: `(outputs, targets) -> scalar`.
+            inputs: `(B, *input_shape)`: exactly the examples that the message is of.
+            targets: `(B, ...)`.
+            gradient: what is about to be sent, in any form that `as_gradient` takes. Default: the batch's true
+                gradient, or what `training` makes of it.
+            training: how the client trained, where the message is an update (`after - before` or `before - after`, at
+                any scale) or the gradient of a regularised loss (`steps=1`). It is judged by the gradient at its
+                starting point, to first order in the learning rate.
+            declared: the defense that the message already went through. What it differs by then counts as that noise,
+                if its size fits; that it was drawn, and from a secret, is your word.
+            missing: "error" refuses a message that lacks trainable parameters, "unsent" counts them as not sent.
+            foreign: a message that is farther than this from all that explains it, relative to the explanation's norm,
+                is refused: it is of another batch or of other weights.
+            verify: run the guard's attacks too; the verdict then rests on measures and attacks, else on measures alone.
+            generator: all randomness, of the defense and of the attacks.
+
+        Returns:
+            The message to send, keyed as `named_parameters()` in the scale it was given in, and a verdict: "send" (as
+            given it meets the policy), "perturb" (the defended one does), or "block" (neither does; the message is then
+            `None`). `verdict.noise_ratio` is of the noise alone, relative to the gradient.
+
+        Raises:
+            InputError: for a message that is not of this batch at these weights; the error says what it looks like.
         """
         function = self.loss_gradient(model, loss_fn)
-        if gradient is not None:
-            function.check_gradient(gradient)
-        jacobian = InputJacobian(function, inputs, targets)
-        true = function(inputs, targets)
-        given = true if gradient is None else gradient
-        factor = _common_factor(true, given)
-        if factor != 1.0:
-            # A factor hides nothing: whoever receives the gradient can take it out again.
-            given = {n: g / factor for n, g in given.items()}
-        measures = self._judged_measures(jacobian, true, given, verify, generator)
-        complaints = self.policy.complaints(measures)
-        if factor != 1.0 and complaints:
-            complaints.append(f"the gradient is {factor:.3g} times the true one, which hides nothing")
-        ratio = _noise_ratio(true, given)
+        message = read_message(
+            function, inputs, targets, gradient, training=training, declared=declared, missing=missing, foreign=foreign
+        )
+        jacobian = InputJacobian(function, message.inputs, message.targets, validate=False)
+        measures, ratio = self._judged(message, message.given, jacobian, verify, generator)
+        complaints = (*self.policy.complaints(measures), *bare_tensors(message))
         if not complaints:
-            return given if gradient is None else gradient, Verdict(
-                decision="send",
-                reasons=("the gradient as given meets the policy", *_caveats(measures)),
-                noise_ratio=ratio,
-                measures=measures,
-            )
-        sent = self._defended(given, jacobian, generator)
-        if sent is None:
-            reasons = (*complaints, "the guard has no defense to perturb it with")
-            return None, Verdict(decision="block", reasons=reasons, noise_ratio=ratio, measures=measures)
-        measures = self._judged_measures(jacobian, true, sent, verify, generator)
-        ratio = _noise_ratio(true, sent)
+            reasons = ("the gradient as given meets the policy", *message.sentences, *message.caveats)
+            return message.given, self._verdict("send", reasons, ratio, measures, message)
+        if self.defense is None:
+            reasons = (*complaints, *message.sentences, "the guard has no defense to perturb it with")
+            return None, self._verdict("block", reasons, ratio, measures, message)
+        covered = cover(self.defense, message.given, jacobian, uncovered=self.uncovered, generator=generator)
+        measures, ratio = self._judged(message, covered.message, jacobian, verify, generator)
         remaining = self.policy.complaints(measures)
         if remaining:
-            reasons = (*remaining, f"even after {self._defense_name()}")
-            return None, Verdict(decision="block", reasons=reasons, noise_ratio=ratio, measures=measures)
+            reasons = (*remaining, f"even after {self._defense_name()}", *message.sentences)
+            return None, self._verdict("block", reasons, ratio, measures, message)
         reasons = (
             *(f"as given, {c}" for c in complaints),
             f"after {self._defense_name()} it meets the policy",
-            *_caveats(measures),
+            *message.sentences,
+            *covered_sentences(covered),
+            *message.caveats,
         )
-        return {n: g * factor for n, g in sent.items()}, Verdict(
-            decision="perturb", reasons=reasons, noise_ratio=ratio, measures=measures
+        return covered.message, self._verdict("perturb", reasons, ratio, measures, message)
+
+    def _judged(
+        self,
+        message: Message,
+        sent: Gradient,
+        jacobian: InputJacobian,
+        verify: bool,
+        generator: torch.Generator | None,
+    ) -> tuple[dict[str, float], float]:
+        """The measures of sending `sent` and its noise ratio, against an attacker who knows all but the noise."""
+        seen = message.seen(sent)
+        measures = self._judged_measures(jacobian, message.true, seen, verify, generator)
+        return measures, _noise_ratio(message.true, seen)
+
+    @staticmethod
+    def _verdict(
+        decision: Decision, reasons: tuple[str, ...], ratio: float, measures: dict[str, float], message: Message
+    ) -> Verdict:
+        caveats = () if decision == "block" else _caveats(measures)
+        return Verdict(
+            decision=decision,
+            reasons=(*reasons, *caveats),
+            noise_ratio=ratio,
+            measures=measures,
+            looks_like=message.difference.looks_like,
+            explanation=message.sentences,
         )
 
     # ------------------------------------------------------------------ the parts, for loops of one's own
@@ -284,7 +336,9 @@ class Guard:
     def _defended(
         self, gradient: Gradient, jacobian: InputJacobian | None, generator: torch.Generator | None
     ) -> Gradient | None:
-        return self.defense(gradient, jacobian, generator=generator) if self.defense else None
+        if self.defense is None:
+            return None
+        return cover(self.defense, gradient, jacobian, uncovered=self.uncovered, generator=generator).message
 
     def _defense_name(self) -> str:
         return self.defense.name if self.defense else "no defense"
@@ -354,14 +408,6 @@ def environment(function: LossGradient) -> dict[str, str]:
 def _caveats(measures: dict[str, float]) -> tuple[str, ...]:
     """What a verdict in favour does not rest on."""
     return () if "attacked_psnr" in measures else ("no attack on the inputs has run: this rests on the measures alone",)
-
-
-def _common_factor(true: Gradient, given: Gradient) -> float:
-    """`c` where `given` is `c` times the true gradient up to a tenth of noise, else 1: noise is left as it is."""
-    a, b = flatten(true), flatten({n: given[n].to(g) for n, g in true.items()})
-    cosine = torch.nn.functional.cosine_similarity(a, b, dim=0)
-    factor = (a @ b / (a @ a).clamp_min(torch.finfo(a.dtype).tiny)).item()
-    return factor if cosine > 0.995 and abs(factor - 1) > 0.01 else 1.0
 
 
 def _draw_seed(generator: torch.Generator | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -19,6 +20,7 @@ class Pruning(Defense):
     Known from gradient compression (Lin et al. 2018) and evaluated as a defense in DLG (Zhu et al. 2019, section 5).
     """
 
+    random: ClassVar[bool] = False
     fraction: float
 
     def __post_init__(self) -> None:

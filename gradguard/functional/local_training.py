@@ -94,6 +94,21 @@ class LocalTraining:
         """How many of the first of `count` examples the steps take at all."""
         return count if self.batch_size is None else min(count, self.steps * self.batch_size)
 
+    def amplification(self, count: int) -> float:
+        """How much of an example's own gradient the mean gradient holds, where `count` are trained on, at most.
+
+        In units of its share in the gradient of all, to first order in the learning rate: momentum repeats what it
+        has seen, and an example that is in more steps than others weighs more.
+        """
+        repeats = sum(sum(self.momentum**j for j in range(self.steps - k)) for k in range(self.steps)) / self.steps
+        if self.batch_size is None or self.batch_size >= count:
+            return repeats
+        parts = -(-count // self.batch_size)
+        # An example's weight is 1/size in each step that it is in; the last part may be smaller than the others.
+        sizes = [min(self.batch_size, count - part * self.batch_size) for part in range(parts)]
+        visits = [len(range(part, self.steps, parts)) for part in range(parts)]
+        return repeats * max(count * v / (s * self.steps) for v, s in zip(visits, sizes, strict=True))
+
     def _check_regulariser(self, parameters: Gradient) -> None:
         if self.regulariser is None:
             return
