@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class UnsupportedModelError(InputError):
     """A model has a part that a method cannot work with; the message names the module."""
+
+
+class ForeignMessageError(InputError):
+    """A message is not of the batch, the weights or the training that it is checked against."""

@@ -211,7 +211,8 @@ class Guard:
             `None`). `verdict.noise_ratio` is of the noise alone, relative to the gradient.
 
         Raises:
-            InputError: for a message that is not of this batch at these weights; the error says what it looks like.
+            ForeignMessageError: an `InputError`, for a message that is not of this batch at these weights; it says what
+                the message looks like.
         """
         function = self.loss_gradient(model, loss_fn)
         message = read_message(

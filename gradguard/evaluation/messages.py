@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradguard.defenses import Defense
 from gradguard.defenses.coverage import Covered
-from gradguard.errors import InputError
+from gradguard.errors import ForeignMessageError, InputError
 from gradguard.evaluation.batches import example_weights
 from gradguard.evaluation.differences import ARITHMETIC, Difference, compare, listed, seen_by_attacker
 from gradguard.functional.as_gradient import Missing, sort_message
@@ -63,19 +63,20 @@ class Message:
                 f"the loss has parameters of its own ({listed(self.beside)}): they are not part of this message, and "
                 "their gradient must not be sent beside it as it is"
             )
-        if self.dropped:
-            found.append(f"the buffers {listed(self.dropped)} are no gradient and were left out; do not send them bare")
         return tuple(found)
 
 
 def bare_tensors(message: Message) -> tuple[str, ...]:
-    """A complaint about tensors that nothing here measures, if the message holds any."""
-    if not message.difference.unreached:
-        return ()
-    return (
-        f"{listed(message.difference.unreached)} would leave bare: not reached by `loss_fn(model(inputs), targets)`, "
-        "so what they give away is not measured",
-    )
+    """Complaints about tensors that nothing here measures, one for each kind that the message holds."""
+    complaints = []
+    if message.difference.unreached:
+        complaints.append(
+            f"{listed(message.difference.unreached)} would leave bare: not reached by `loss_fn(model(inputs), "
+            "targets)`, so what they give away is not measured"
+        )
+    if message.dropped:
+        complaints.append(f"the buffers {listed(message.dropped)} would leave bare: they are no part of a gradient")
+    return tuple(complaints)
 
 
 def covered_sentences(covered: Covered) -> tuple[str, ...]:
@@ -116,8 +117,11 @@ def read_message(
         The message, read.
 
     Raises:
-        InputError: for what no gradient can be, and for a message that is not of this batch at these weights.
+        ForeignMessageError: for a message that is not of this batch at these weights; it says what it looks like.
+        InputError: for what no gradient can be.
     """
+    if not foreign >= 0:
+        raise InputError(f"`foreign` must be a distance of at least 0, got {foreign}.")
     sorted_message = None if message is None else sort_message(loss_gradient.model, message, missing=missing)
     loss_gradient.check_batch(inputs, targets)
     amplification, used = 1.0, len(inputs)
@@ -196,12 +200,12 @@ def _explained_by_examples(
     """`read` if it is of this batch, perhaps with other weights of its examples; else an error."""
     difference = read.difference
     if difference.looks_like == "nothing":
-        raise InputError(
+        raise ForeignMessageError(
             "The message holds nothing of the batch's gradient: every tensor of it that the loss reaches is zero or "
             "not there. " + _WAYS
         )
     if difference.looks_like == "update":
-        raise InputError(_looks_like_an_update(difference, training))
+        raise ForeignMessageError(_looks_like_an_update(difference, training))
     if difference.looks_like != "unexplained":
         return read
     part = {n: read.given[n] for n in difference.factors}
@@ -209,11 +213,11 @@ def _explained_by_examples(
     if found is not None and found.distance <= 0.02:
         present = found.present()
         if len(present) < len(found.weights):
-            raise InputError(_looks_like_a_part(present, len(found.weights), found.weights))
+            raise ForeignMessageError(_looks_like_a_part(present, len(found.weights), found.weights))
         if min(found.weights) > 0:
             return _reweighted(read, found.weights)
     if difference.factor <= 0 or difference.distance > foreign:
-        raise InputError(_looks_foreign(difference, training))
+        raise ForeignMessageError(_looks_foreign(difference, training))
     return read
 
 

@@ -34,7 +34,8 @@ class SortedMessage:
 
     `gradient`: one tensor per trainable parameter that was sent, in the parameter's shape, on its device and in at
         least its precision, in the order of `named_parameters()`. `unsent`: trainable parameters that the message
-        does not hold. `buffers`: names of buffers that it holds; they are no part of a gradient.
+        does not hold. `buffers`: names of buffers that it holds anything but
+        zeros of; they are no part of a gradient.
     """
 
     gradient: Gradient
@@ -128,7 +129,7 @@ class _Slots:
             if name is None:
                 unexpected.append(given)
             elif name not in self.parameters:
-                buffers.append(name)
+                buffers += [name] if _holds_something(value) else []
             else:
                 tensor = _tensor(what, name, value, self.parameters[name])
                 if not weights and tensor.data_ptr() == self.parameters[name].data_ptr() != 0:
@@ -272,6 +273,14 @@ def _tensor(what: str, name: str, value: Any, parameter: Tensor) -> Tensor:
     if value.is_inference() and not torch.is_inference_mode_enabled():
         value = value.clone()  # what was made in inference mode cannot take part in a derivative
     return value.to(device=parameter.device, dtype=torch.promote_types(value.dtype, parameter.dtype))
+
+
+def _holds_something(value: Any) -> bool:
+    if value is None:
+        return False
+    if isinstance(value, Tensor):
+        return bool((value.to_dense() if value.layout != torch.strided else value).count_nonzero())
+    return bool(np.any(np.asarray(value)))
 
 
 def _refuse_broken(what: str, gradient: Gradient) -> None:
