@@ -50,9 +50,19 @@ class Message:
     beside: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
 
-    def seen(self, sent: Gradient) -> Gradient:
-        """What an attacker who knows all but the noise makes of `sent`, in units of the batch's gradient."""
-        return seen_by_attacker(self.difference, self.true, self.known, sent, amplification=self.amplification)
+    def seen(self, sent: Gradient, *, fill_unsent: bool = True) -> Gradient:
+        """What an attacker who knows all but the noise makes of `sent`, in units of the batch's gradient.
+
+        `fill_unsent`: grant the true values of what was not sent; `False` leaves those names out.
+        """
+        return seen_by_attacker(
+            self.difference,
+            self.true,
+            self.known,
+            sent,
+            amplification=self.amplification,
+            fill_unsent=fill_unsent,
+        )
 
     @property
     def caveats(self) -> tuple[str, ...]:
