@@ -237,7 +237,7 @@ class Guard:
             *(f"as given, {c}" for c in complaints),
             f"after {self._defense_name()} it meets the policy",
             *message.sentences,
-            *covered_sentences(covered),
+            *covered_sentences(message, covered),
             *message.caveats,
         )
         return covered.message, self._verdict("perturb", reasons, ratio, measures, message)

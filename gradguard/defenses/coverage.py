@@ -7,6 +7,7 @@ auxiliary head that only another loss term reaches, an embedding table beside `i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from gradguard.defenses.base import Defense, randn
 from gradguard.errors import InputError
 from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.reach import unreached_parameters
 from gradguard.functional.vectors import Gradient, norm
 
 Uncovered = Literal["noise", "refuse"]
@@ -59,6 +61,10 @@ def cover(
     """
     if uncovered not in ("noise", "refuse"):
         raise InputError(f'`uncovered` must be "noise" or "refuse", got {uncovered!r}.')
+    if uncovered == "refuse" and jacobian is not None:
+        # A defense that covers by itself what `J^T` does not reach would show no bare tensor below.
+        unreached = unreached_parameters(jacobian.gradient, *jacobian.batch)
+        _refuse(defense, [n for n in unreached if n in gradient and bool(gradient[n].count_nonzero())])
     message = defense(gradient, jacobian, generator=generator)
     if not getattr(defense, "random", True):
         return Covered(message=message)
@@ -73,11 +79,8 @@ def cover(
         )
     masks = {n: _bare(g, message[n] - g, ratio) for n, g in gradient.items()}
     names = tuple(n for n, mask in masks.items() if mask is not None)
-    if names and uncovered == "refuse":
-        raise InputError(
-            f"{defense.name} leaves the tensors {list(names)[:5]} of the message as they are: the measured loss does "
-            'not reach them. Leave them out of the message, add their loss to the measured one, or `uncovered="noise"`.'
-        )
+    if uncovered == "refuse":
+        _refuse(defense, names)
     for name in names:
         mask = masks[name]
         assert mask is not None
@@ -88,6 +91,14 @@ def cover(
 def isotropic(gradient: Gradient, ratio: float | Tensor, generator: torch.Generator | None = None) -> Gradient:
     """Every tensor with Gaussian noise of `ratio` times its own norm (in expectation): for what no model holds."""
     return {n: _noisy(g, torch.ones_like(g, dtype=torch.bool), ratio, generator) for n, g in gradient.items()}
+
+
+def _refuse(defense: Defense, names: Sequence[str]) -> None:
+    if names:
+        raise InputError(
+            f"{defense.name} leaves the tensors {list(names)[:5]} of the message as they are: the measured loss does "
+            'not reach them. Leave them out of the message, add their loss to the measured one, or `uncovered="noise"`.'
+        )
 
 
 def _bare(gradient: Tensor, delta: Tensor, ratio: Tensor) -> Tensor | None:

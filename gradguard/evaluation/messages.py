@@ -18,6 +18,7 @@ from gradguard.functional.as_gradient import Missing, sort_message
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.local_training import LocalTraining
 from gradguard.functional.loss_gradient import LossGradient
+from gradguard.functional.reach import unreached_parameters
 from gradguard.functional.vectors import Gradient, norm
 
 #: A message that is farther than this from all that explains it is taken for one of another batch or other weights.
@@ -89,13 +90,14 @@ def bare_tensors(message: Message) -> tuple[str, ...]:
     return tuple(complaints)
 
 
-def covered_sentences(covered: Covered) -> tuple[str, ...]:
-    """What a verdict says of tensors that got noise beside the defense's own."""
-    if not covered.bare:
+def covered_sentences(message: Message, covered: Covered) -> tuple[str, ...]:
+    """What a verdict says of tensors that got noise, but are not measured."""
+    names = tuple(n for n in message.given if n in covered.bare or n in message.difference.unreached)
+    if not names:
         return ()
     return (
-        f"the defense does not reach {listed(covered.bare)}: covered by isotropic noise at the same ratio, what they "
-        "give away is not measured",
+        f"the defense does not reach {listed(names)} through the loss measured: covered by isotropic noise at the same "
+        "ratio, what they give away is not measured",
     )
 
 
@@ -164,17 +166,6 @@ def read_message(
     return _explained_by_examples(read, loss_gradient, training, foreign)
 
 
-def unreached_parameters(loss_gradient: LossGradient, inputs: Tensor, targets: Tensor) -> tuple[str, ...]:
-    """Trainable parameters that the loss does not depend on, by autograd's graph and not by a zero gradient."""
-    parameters = {n: p.requires_grad_(True) for n, p in _detached(loss_gradient.parameters()).items()}
-    with torch.enable_grad():
-        loss = loss_gradient.loss(parameters, loss_gradient.cast(inputs), loss_gradient.cast(targets))
-    if not loss.requires_grad:
-        return tuple(parameters)
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return tuple(n for n, g in zip(parameters, found, strict=True) if g is None)
-
-
 def loss_parameters(loss_gradient: LossGradient) -> tuple[str, ...]:
     """Trainable parameters of the loss that are not the model's: nothing here measures or covers them."""
     loss_fn = loss_gradient.loss_fn
@@ -185,10 +176,6 @@ def loss_parameters(loss_gradient: LossGradient) -> tuple[str, ...]:
 
 
 # ---------------------------------------------------------------------- inside
-
-
-def _detached(gradient: Gradient) -> Gradient:
-    return {n: g.detach().clone() for n, g in gradient.items()}
 
 
 def _update_sentences(training: LocalTraining, difference: Difference) -> tuple[str, ...]:
