@@ -351,6 +351,8 @@ def survey_of(case: Subject, output: Path | None, as_json: bool, **options: Any)
 @click.option(
     "--weight-decay", type=float, default=0.0, show_default=True, help="Of the local SGD, or in the gradient."
 )
+@click.option("--declared", type=click.Choice(list(DEFENSES)), help="The file went through this defense already.")
+@click.option("--declared-strength", type=float, default=0.5, show_default=True, help="Of that defense.")
 @click.option("--partial", is_flag=True, help="Parameters that the file lacks are not sent (default: an error).")
 @click.option(
     "--max-unexplained",
@@ -370,6 +372,8 @@ def check(
     local_batch_size: int | None,
     momentum: float,
     weight_decay: float,
+    declared: str | None,
+    declared_strength: float,
     partial: bool,
     max_unexplained: float,
     no_verify: bool,
@@ -400,6 +404,7 @@ def check(
             case.targets,
             gradient,
             training=training,
+            declared=DEFENSES[declared](declared_strength) if declared else None,
             missing="unsent" if partial else "error",
             foreign=max_unexplained,
             verify=not no_verify,

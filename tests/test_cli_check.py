@@ -199,3 +199,14 @@ def test_weight_decay_in_a_gradient(check, function, gradient):
         assert result.exit_code == 1, result.output
         assert json.loads(result.stdout)["noise_ratio"] == 0
     assert json.loads(result.stdout)["looks_like"] == "gradient"
+
+
+def test_noise_that_is_in_the_file_is_declared(check, gradient):
+    noisy = gg.defenses.GaussianNoise(noise_ratio=40.0)(gradient, generator=torch.Generator().manual_seed(0))
+    assert check(noisy).exit_code == 2
+    assert check(noisy, "--declared", "gaussian").exit_code == 2  # with the default strength it is other noise
+    result = check(noisy, "--declared", "gaussian", "--declared-strength", 40)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["noise_ratio"] == pytest.approx(40, rel=0.1)
+    assert "taken on your word" in found["explanation"][0]

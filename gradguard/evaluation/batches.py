@@ -13,6 +13,8 @@ from gradguard.functional.loss_gradient import LossGradient
 
 #: Numbers that may be held at once, in float64: the gradients of all examples.
 MEMORY = 50_000_000
+#: Multiplications that the least squares may take: seconds.
+WORK = 20_000_000_000
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def example_weights(
         sum of them, more than memory should hold, or a model that does not take one example alone.
     """
     total, count = sum(m.numel() for m in message.values()), len(inputs)
-    if count < 2 or total < 10 * count or total * count > MEMORY:
+    if count < 2 or total < 10 * count or total * count > MEMORY or total * count**2 > WORK:
         return None
     sent = torch.cat([m.double().flatten() for m in message.values()])
     if not sent.any():
@@ -57,9 +59,9 @@ def example_weights(
     except (InputError, RuntimeError, ValueError):
         return None
     basis = torch.stack(columns, dim=1)
-    # By the singular values: examples whose gradient is zero or the same as another's leave the matrix short of rank.
-    u, s, vt = torch.linalg.svd(basis, full_matrices=False)
-    seen = s > 1e-6 * s[0]
-    weights = vt.T @ torch.where(seen, (u.T @ sent) / s.clamp_min(1e-300), 0.0)
+    # By the eigenvalues: examples whose gradient is zero or the same as another's leave the matrix short of rank.
+    eigenvalues, vectors = torch.linalg.eigh(basis.T @ basis)
+    seen = eigenvalues > 1e-12 * eigenvalues[-1]
+    weights = vectors @ torch.where(seen, (vectors.T @ (basis.T @ sent)) / eigenvalues.clamp_min(1e-300), 0.0)
     distance = ((basis @ weights - sent).norm() / sent.norm()).item()
     return ExampleWeights(tuple(weights.tolist()), distance)
