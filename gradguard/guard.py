@@ -260,14 +260,8 @@ class Guard:
         decision: Decision, reasons: tuple[str, ...], ratio: float, measures: dict[str, float], message: Message
     ) -> Verdict:
         caveats = () if decision == "block" else _caveats(measures)
-        return Verdict(
-            decision=decision,
-            reasons=(*reasons, *caveats),
-            noise_ratio=ratio,
-            measures=measures,
-            looks_like=message.difference.looks_like,
-            explanation=message.sentences,
-        )
+        verdict = Verdict(decision=decision, reasons=(*reasons, *caveats), noise_ratio=ratio, measures=measures)
+        return message.named(verdict)
 
     # ------------------------------------------------------------------ the parts, for loops of one's own
 

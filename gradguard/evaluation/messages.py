@@ -20,6 +20,7 @@ from gradguard.functional.local_training import LocalTraining
 from gradguard.functional.loss_gradient import LossGradient
 from gradguard.functional.reach import unreached_parameters
 from gradguard.functional.vectors import Gradient, norm
+from gradguard.report import Verdict
 
 #: A message that is farther than this from all that explains it is taken for one of another batch or other weights.
 #: Measured on digits with three networks, new and trained: other batches and other initialisations are 0.5 to 50 away,
@@ -64,6 +65,10 @@ class Message:
             amplification=self.amplification,
             fill_unsent=fill_unsent,
         )
+
+    def named(self, verdict: Verdict) -> Verdict:
+        """`verdict` with what the message is."""
+        return replace(verdict, looks_like=self.difference.looks_like, explanation=self.sentences)
 
     @property
     def caveats(self) -> tuple[str, ...]:
