@@ -8,8 +8,10 @@ __version__ = "0.1.0"
 
 from gradguard import _moved, attacks, defenses, leakage, linalg
 from gradguard.errors import InputError, SeededNoiseWarning, UnsupportedModelError
+from gradguard.functional.as_gradient import as_gradient
 from gradguard.functional.jacobian import InputJacobian
-from gradguard.functional.loss_gradient import LossGradient
+from gradguard.functional.local_training import LocalTraining
+from gradguard.functional.loss_gradient import LossGradient, random_state
 from gradguard.guard import Guard
 from gradguard.policy import Policy
 from gradguard.report import LeakageReport, Verdict
@@ -22,6 +24,7 @@ __all__ = [
     "InputError",
     "InputJacobian",
     "LeakageReport",
+    "LocalTraining",
     "LossGradient",
     "Policy",
     "SeededNoiseWarning",
@@ -29,11 +32,13 @@ __all__ = [
     "ThreatModel",
     "UnsupportedModelError",
     "Verdict",
+    "as_gradient",
     "attacks",
     "defenses",
     "leakage",
     "linalg",
     "load_gradient",
+    "random_state",
     "save_gradient",
     "survey",
 ]

@@ -11,3 +11,7 @@ class UnsupportedModelError(InputError):
 
 class SeededNoiseWarning(UserWarning):
     """Noise that is to protect comes from a seed: who knows the seed, or tries them all, can subtract the noise."""
+
+
+class ForeignMessageError(InputError):
+    """A message is not of the batch, the weights or the training that it is checked against."""

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradguard.attacks import DLG, ILRG, RGAP, Attack
 from gradguard.defenses import Defense
+from gradguard.defenses.coverage import Uncovered, cover
 from gradguard.errors import InputError
 from gradguard.evaluation.evidence import Scores, by_attack, evidence_of
-from gradguard.evaluation.judgement import Judge, Judgement, judge, most_exposed
+from gradguard.evaluation.judgement import Judge, judge, most_exposed
 from gradguard.evaluation.measurement import MAX_ITERATIONS, Measures, difference, measure, noise_ratio
+from gradguard.evaluation.messages import FOREIGN, bare_tensors, covered_sentences, read_message
 from gradguard.evaluation.scoring import guess_psnr, prior_psnr
+from gradguard.functional.as_gradient import Missing, as_gradient
 from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.local_training import LocalTraining
 from gradguard.functional.loss_gradient import LossFunction, LossGradient, TrainMode
-from gradguard.functional.vectors import Gradient, flatten, norm
+from gradguard.functional.structures import targets_of
+from gradguard.functional.vectors import Gradient, add, norm
 from gradguard.leakage import spectrum
 from gradguard.policy import Policy
 from gradguard.report import LeakageReport, Verdict
@@ -39,6 +45,9 @@ class Guard:
     `train_mode`: see `LossGradient`: what to do with modules that mix examples or are random in training mode.
     `max_iterations`: of the influence solver on inputs too large for a dense Jacobian; where it runs out, the
     prediction is too low, the report says that it did not converge, and a verdict that rests on it is "unproven".
+    `uncovered`: what becomes of tensors of a message that the defense leaves as they are: "noise" covers them with
+    isotropic noise at the same ratio, "refuse" raises (see `gradguard.defenses.coverage`).
+    `input_module`, `private`: see `LossGradient`: the module that looks tokens up, and which input is private.
     """
 
     def __init__(
@@ -50,6 +59,9 @@ class Guard:
         threat: ThreatModel | None = None,
         train_mode: TrainMode = "error",
         max_iterations: int = MAX_ITERATIONS,
+        uncovered: Uncovered = "noise",
+        input_module: str | None = None,
+        private: str | int | None = None,
     ) -> None:
         if defense is not None and not isinstance(defense, Defense):
             raise InputError(f"`defense` must be a gradguard.defenses.Defense, got {type(defense).__name__}.")
@@ -62,6 +74,10 @@ class Guard:
         self.threat = threat or ThreatModel()
         self.train_mode: TrainMode = train_mode
         self.max_iterations = max_iterations
+        if uncovered not in ("noise", "refuse"):
+            raise InputError(f'`uncovered` must be "noise" or "refuse", got {uncovered!r}.')
+        self.uncovered: Uncovered = uncovered
+        self.input_module, self.private = input_module, private
 
     def __repr__(self) -> str:
         return (
@@ -74,35 +90,50 @@ class Guard:
         self,
         model: nn.Module,
         loss_fn: LossFunction,
-        inputs: Tensor,
-        targets: Tensor,
+        inputs: Any,
+        targets: Any,
         *,
-        sent: Gradient | None = None,
+        sent: Any = None,
         class_names: Sequence[str] = (),
         generator: torch.Generator | None = None,
+        noise: torch.Generator | None = None,
     ) -> LeakageReport:
         """What the gradient of this batch gives away, as it is and as the defense sends it.
 
-        `inputs`: `(B, *input_shape)` in the threat model's value range; `targets`: `(B, ...)`.
-        `sent`: what was really sent, where that is known (default: what the defense makes of the true gradient).
-        `class_names`: for the report. `generator`: all randomness, of the defense and of the attacks.
-        Raises what `LossGradient` raises, and `InputError` for inputs outside the value range, before any long work. An
-        attack that cannot work on this model is no error: the report says why it did not run.
+        Args:
+            model: At the weights that the gradient is of.
+            loss_fn: `(outputs, targets) -> scalar`.
+            inputs: `(B, *input_shape)` in the threat model's value range, or a structure (see `LossGradient.bind`).
+            targets: `(B, ...)`.
+            sent: What was really sent, in any form that `as_gradient` takes (default: what the defense makes of the
+                true gradient).
+            class_names: For the report.
+            generator: All randomness, of the defense and of the attacks (default: the noise is secret, and the attacks
+                start from the same numbers each time).
+            noise: The source of the defense's noise alone.
+
+        Returns:
+            The report. An attack that cannot work on this model is no error: the report says why it did not run.
+
+        Raises:
+            InputError: What `LossGradient` raises, and for inputs outside the value range, before any long work.
         """
-        self.threat.check_inputs(inputs)
-        function = self.loss_gradient(model, loss_fn)
+        function, inputs, targets = self.loss_gradient(model, loss_fn).bind(inputs, targets)
+        starts = _starts(generator)
         with progress_bar("auditing", self._steps()) as bar:
             jacobian = InputJacobian(function, inputs, targets)
+            self.threat.check_inputs(inputs)
             true = function(inputs, targets)
             if sent is None:
-                sent = self._defended(true, jacobian, generator)
+                # Nothing of it leaves: a seed for the noise of an audit is no fault, and no warning.
+                sent = self._audited(true, jacobian, generator if noise is None else noise)
             else:
-                function.check_gradient(sent)
+                sent = as_gradient(model, sent)
             bar.step("measuring")
-            measures = self.measure(jacobian, true, sent or true, generator=generator)
-            eigenvalues = spectrum(jacobian, generator=generator).values
+            measures = self.measure(jacobian, true, sent or true, generator=starts)
+            eigenvalues = spectrum(jacobian, generator=starts).values
             attacked = most_exposed(measures, self.threat)
-            judging = self._judge(jacobian, true, True, generator)
+            judging = self._judge(jacobian, true, True, starts)
             found: dict[Case, Scores] = {}
             gradients: dict[Case, Gradient | None] = {"without": true, "with": sent}
             for case, gradient in gradients.items():
@@ -113,7 +144,7 @@ class Guard:
             model=type(model).__name__,
             defense=repr(self.defense) if self.defense else None,
             input_shape=tuple(inputs.shape[1:]),
-            labels=[int(t) for t in targets.flatten(1)[:, 0]] if targets.ndim > 1 else [int(t) for t in targets],
+            labels=_first_labels(targets_of(targets), len(inputs)),
             class_names=tuple(class_names),
             attacked=attacked,
             gradient_norm=norm(true).item(),
@@ -138,68 +169,113 @@ class Guard:
         self,
         model: nn.Module,
         loss_fn: LossFunction,
-        inputs: Tensor,
-        targets: Tensor,
-        gradient: Gradient | None = None,
+        inputs: Any,
+        targets: Any,
+        gradient: Any = None,
         *,
+        training: LocalTraining | None = None,
+        declared: Defense | None = None,
+        missing: Missing = "error",
+        foreign: float = FOREIGN,
         verify: bool = True,
         generator: torch.Generator | None = None,
+        noise: torch.Generator | None = None,
     ) -> tuple[Gradient | None, Verdict]:
         """The pre-send check: what to send instead of `gradient`, and why.
 
-        `gradient`: what is about to be sent, one tensor per trainable parameter (default: the batch's true gradient).
-        It may already be compressed or noisy: what it differs by from the true gradient counts as noise. If it is
-        (nearly) a multiple of it (clipping, a loss scale), the factor is taken out first and the verdict says so.
-        `verify`: run the guard's attacks too; the verdict then rests on measures and attacks, else on measures alone.
+        Only declared randomness protects. What `gradient` differs by from the batch's true gradient hides nothing
+        unless a defense drew it: factors, masks, rounding, clipping, weight decay and whatever gradguard cannot explain
+        count as known to the attacker, and the verdict names them.
 
-        Returns the gradient to send and a verdict: "send" (the gradient as given meets the policy), "perturb" (the
-        defended one does), "block" (neither does), or "unproven" (one does, and nothing proves it: no attack works on
-        the bare gradient either, or the predictions did not converge; `Policy(accept_unproven=True)` lets it pass). The
-        gradient is `None` for the last two.
+        Args:
+            model: at the weights that the message was computed at.
+            loss_fn: `(outputs, targets) -> scalar`.
+            inputs: `(B, *input_shape)`: exactly the examples that the message is of.
+            targets: `(B, ...)`.
+            gradient: what is about to be sent, in any form that `as_gradient` takes. Default: the batch's true
+                gradient, or what `training` makes of it.
+            training: how the client trained, where the message is an update (`after - before` or `before - after`, at
+                any scale) or the gradient of a regularised loss (`steps=1`). It is judged by the gradient at its
+                starting point, to first order in the learning rate.
+            declared: the defense that the message already went through. What it differs by then counts as that noise,
+                if its size fits; that it was drawn, and from a secret, is your word.
+            missing: "error" refuses a message that lacks trainable parameters, "unsent" counts them as not sent.
+            foreign: a message that is farther than this from all that explains it, relative to the explanation's norm,
+                is refused: it is of another batch or of other weights.
+            verify: run the guard's attacks too; the verdict then rests on measures and attacks, else on measures alone.
+            generator: all randomness, for tests: noise that is really sent must be secret, which it is by default.
+            noise: the source of the defense's noise alone, such as `NoiseStream.message()`.
+
+        Returns:
+            The message to send, keyed as `named_parameters()` in the scale it was given in, and a verdict: "send" (as
+            given it meets the policy), "perturb" (the defended one does), "block" (neither does), or "unproven" (one
+            does, and nothing proves it: no attack works on the bare gradient either, or the predictions did not
+            converge; `Policy(accept_unproven=True)` lets it pass). The message is `None` for the last two.
+            `verdict.noise_ratio` is of the noise alone, relative to the gradient.
+
+        Raises:
+            ForeignMessageError: an `InputError`, for a message that is not of this batch at these weights; it says what
+                the message looks like.
         """
-        function = self.loss_gradient(model, loss_fn)
-        self.threat.check_inputs(inputs)
-        if gradient is not None:
-            function.check_gradient(gradient)
-        jacobian = InputJacobian(function, inputs, targets)
-        true = function(inputs, targets)
-        given = true if gradient is None else gradient
-        factor = _common_factor(true, given)
-        if factor != 1.0:
-            # A factor hides nothing: whoever receives the gradient can take it out again.
-            given = {n: g / factor for n, g in given.items()}
-        judging = self._judge(jacobian, true, verify, generator)
-        judged = judging(given)
-        complaints = [*judged.complaints]
-        if factor != 1.0 and complaints:
-            complaints.append(f"the gradient is {factor:.3g} times the true one, which hides nothing")
+        function, inputs, targets = self.loss_gradient(model, loss_fn).bind(inputs, targets)
+        starts = _starts(generator)
+        message = read_message(
+            function, inputs, targets, gradient, training=training, declared=declared, missing=missing, foreign=foreign
+        )
+        self.threat.check_inputs(message.inputs)
+        jacobian = InputJacobian(function, message.inputs, message.targets)
+        judge_of = self._judge(jacobian, message.true, verify, starts)
+        judged = judge_of(message.seen(message.given))
+        sentences = (*message.sentences, *_known_inputs(function))
+        complaints = (*judged.complaints, *bare_tensors(message))
         if not complaints:
-            verdict = judged.verdict("send", "the gradient as given meets the policy")
-            return (given if gradient is None else gradient) if judged.fine else None, verdict
-        sent = self._defended(given, jacobian, generator)
-        if sent is None:
-            reasons = (*complaints, *judged.caveats)
-            return None, judged.verdict("block", *reasons, "the guard has no defense to perturb it with")
-        judged = judging(sent)
+            reasons = ("the gradient as given meets the policy", *sentences, *message.caveats)
+            verdict = message.named(judged.verdict("send", *reasons))
+            return message.given if judged.fine else None, verdict
+        if self.defense is None:
+            reasons = (*complaints, *judged.caveats, *sentences, "the guard has no defense to perturb it with")
+            return None, message.named(judged.verdict("block", *reasons))
+        source = generator if noise is None else noise
+        covered = cover(self.defense, message.given, jacobian, uncovered=self.uncovered, generator=source)
+        judged = judge_of(message.seen(covered.message))
         if judged.complaints:
-            reasons = (*judged.complaints, *judged.caveats)
-            return None, judged.verdict("block", *reasons, f"even after {self._defense_name()}")
-        reasons = (*(f"as given, {c}" for c in complaints), f"after {self._defense_name()} it meets the policy")
-        allowed = {n: g * factor for n, g in sent.items()} if judged.fine else None
-        return allowed, judged.verdict("perturb", *reasons)
+            reasons = (*judged.complaints, *judged.caveats, f"even after {self._defense_name()}", *sentences)
+            return None, message.named(judged.verdict("block", *reasons))
+        reasons = (
+            *(f"as given, {c}" for c in complaints),
+            f"after {self._defense_name()} it meets the policy",
+            *sentences,
+            *covered_sentences(message, covered),
+            *message.caveats,
+        )
+        verdict = message.named(judged.verdict("perturb", *reasons))
+        return covered.message if judged.fine else None, verdict
 
     # ------------------------------------------------------------------ the parts, for loops of one's own
 
     def loss_gradient(self, model: nn.Module, loss_fn: LossFunction) -> LossGradient:
         """The pure gradient that this guard measures: in at least float32, whatever the model's dtype."""
-        function = LossGradient(model, loss_fn, train_mode=self.train_mode)
+        function = LossGradient(
+            model, loss_fn, train_mode=self.train_mode, input_module=self.input_module, private=self.private
+        )
         return function.with_dtype(torch.float32) if function.computing_dtype.itemsize < 4 else function
 
     def perturb(
         self, jacobian: InputJacobian | None, gradient: Gradient, *, generator: torch.Generator | None = None
     ) -> Gradient:
-        """`gradient` as the defense sends it; itself without a defense. `jacobian` only where the defense needs one."""
-        return self._defended(gradient, jacobian, generator) or gradient
+        """`gradient` as the defense sends it; itself without a defense.
+
+        Args:
+            jacobian: Where the defense needs one.
+            gradient: One tensor per parameter.
+            generator: Of the noise; default: a new secret key. See `Defense.__call__`.
+
+        Returns:
+            What to send: every tensor covered, see `gradguard.defenses.coverage`.
+        """
+        if self.defense is None:
+            return gradient
+        return cover(self.defense, gradient, jacobian, uncovered=self.uncovered, generator=generator).message
 
     def measure(
         self,
@@ -217,7 +293,8 @@ class Guard:
 
         `exact`: solve for the influence itself, in float64 where the Jacobian is small enough to be formed; `False`
         leaves it at the lower bound (a training loop's step). `tolerance`, `confidence`, `start`: of the bound, see
-        `influence_lower_bound`; `start` takes the `vectors` of an earlier measurement.
+        `influence_lower_bound`; `start` takes the `vectors` of an earlier measurement. `generator`: of the solvers'
+        starts (default: the same each time).
         Raises `InputError` for inputs outside the threat model's value range.
         """
         self.threat.check_inputs(jacobian.inputs)
@@ -230,7 +307,7 @@ class Guard:
             confidence=confidence,
             start=start,
             noise_ratio=noise_ratio(true, sent),
-            generator=generator,
+            generator=_starts(generator),
         )
 
     def judge_report(self, report: LeakageReport, *, defended: bool) -> Verdict:
@@ -243,10 +320,12 @@ class Guard:
 
     # ------------------------------------------------------------------ inside
 
-    def _defended(
-        self, gradient: Gradient, jacobian: InputJacobian | None, generator: torch.Generator | None
+    def _audited(
+        self, gradient: Gradient, jacobian: InputJacobian, generator: torch.Generator | None
     ) -> Gradient | None:
-        return self.defense(gradient, jacobian, generator=generator) if self.defense else None
+        if self.defense is None:
+            return None
+        return add(gradient, self.defense.checked_perturbation(gradient, jacobian, generator=generator))
 
     def _defense_name(self) -> str:
         return self.defense.name if self.defense else "no defense"
@@ -254,7 +333,7 @@ class Guard:
     def _steps(self) -> int:
         return 1 + len(self.attacks) * (2 if self.defense else 1)
 
-    def _judge(self, jacobian: InputJacobian, true: Gradient, verify: bool, generator: torch.Generator | None) -> Judge:
+    def _judge(self, jacobian: InputJacobian, true: Gradient, verify: bool, generator: torch.Generator) -> Judge:
         """Judges gradients sent in the place of `true`: `judge(sent)` is a `Judgement`."""
         return Judge(
             jacobian,
@@ -267,17 +346,6 @@ class Guard:
             generator=generator,
         )
 
-    def _judgement(
-        self,
-        jacobian: InputJacobian,
-        true: Gradient,
-        sent: Gradient,
-        verify: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> Judgement:
-        """The judgement of one gradient; to judge several, keep one `_judge`: it attacks the bare gradient once."""
-        return self._judge(jacobian, true, verify, generator)(sent)
-
 
 def _announcing(bar: Bar, case: Case) -> Callable[[str], None]:
     """What tells the bar which attack runs on which gradient."""
@@ -289,9 +357,21 @@ def environment(function: LossGradient) -> dict[str, str]:
     return environment_of(function.device, function.computing_dtype)
 
 
-def _common_factor(true: Gradient, given: Gradient) -> float:
-    """`c` where `given` is `c` times the true gradient up to a tenth of noise, else 1: noise is left as it is."""
-    a, b = flatten(true), flatten({n: given[n].to(g) for n, g in true.items()})
-    cosine = torch.nn.functional.cosine_similarity(a, b, dim=0)
-    factor = (a @ b / (a @ a).clamp_min(torch.finfo(a.dtype).tiny)).item()
-    return factor if cosine > 0.995 and abs(factor - 1) > 0.01 else 1.0
+def _starts(generator: torch.Generator | None) -> torch.Generator:
+    """Where attacks and solvers draw their starts from, which are no secret: never the global random state."""
+    return torch.Generator().manual_seed(0) if generator is None else generator
+
+
+def _first_labels(targets: Tensor | None, count: int) -> list[int]:
+    """One whole number per example for the report: its class, the first of several; -1 where there is none."""
+    if targets is None or targets.is_complex():
+        return [-1] * count
+    first = targets.flatten(1)[:, 0] if targets.ndim > 1 else targets
+    return [int(t) for t in first]
+
+
+def _known_inputs(function: LossGradient) -> tuple[str, ...]:
+    """What a verdict says of inputs beside the private one."""
+    if not function.known_inputs:
+        return ()
+    return (f"the inputs {', '.join(function.known_inputs)} are taken as known to the attacker, and not protected",)

@@ -111,6 +111,8 @@ def test_the_noise_of_check_is_secret_unless_it_is_seeded(model_file, gradient_f
         sent.append(torch.cat([(g - bare[n]).flatten() for n, g in load_gradient(path).items()]))
     assert torch.nn.functional.cosine_similarity(sent[0], sent[1], dim=0).abs() < 0.1
     assert torch.equal(sent[2], sent[3])
+
+
 def test_check_of_what_nothing_proves_is_no(model_file, gradient_file):
     """A model that no attack here works on: the defense's noise proves nothing, unless that is accepted by name."""
     arguments = ("check", gradient_file, "--model", model_file, "--batch-size", 4, "--attacked", 1, "--attack", "rgap")

@@ -113,13 +113,20 @@ def test_protect_perturbs_a_bare_gradient(guard, convnet, cross_entropy, batch):
     assert verdict.noise_ratio == pytest.approx(0.5)
 
 
-def test_protect_sends_what_is_noisy_enough_already(guard, convnet, cross_entropy, batch):
+def test_protect_sends_what_is_noisy_enough_by_declaration(guard, convnet, cross_entropy, batch):
     true = LossGradient(convnet, cross_entropy)(*batch)
-    noisy = GaussianNoise(noise_ratio=30.0)(true, generator=torch.Generator().manual_seed(0))
-    sent, verdict = guard.protect(convnet, cross_entropy, *batch, noisy, generator=torch.Generator().manual_seed(0))
+    declared = GaussianNoise(noise_ratio=30.0)
+    noisy = declared(true, generator=torch.Generator().manual_seed(0))
+    sent, verdict = guard.protect(
+        convnet, cross_entropy, *batch, noisy, declared=declared, generator=torch.Generator().manual_seed(0)
+    )
     assert verdict.decision == "send"
-    assert sent is noisy
+    assert all(torch.equal(sent[n], g) for n, g in noisy.items())
     assert verdict.noise_ratio == pytest.approx(30, rel=0.05)
+    assert any("taken on your word" in reason for reason in verdict.reasons)
+    # Undeclared, it could as well be the gradient of something else.
+    with pytest.raises(InputError, match="looks like the message of another batch or of other weights"):
+        guard.protect(convnet, cross_entropy, *batch, noisy)
 
 
 def test_a_factor_is_not_noise(convnet, cross_entropy, batch):

@@ -27,6 +27,7 @@ class Defense(ABC):
     """
 
     needs_jacobian: ClassVar[bool] = False
+    #: Whether it draws secret noise. What does not (pruning) hides nothing from an attacker who knows it.
     random: ClassVar[bool] = True
 
     @property

@@ -13,6 +13,7 @@ from torch import Tensor
 from gradguard.attacks import Attack, Observation
 from gradguard.errors import InputError
 from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.structures import targets_of
 from gradguard.functional.vectors import Gradient
 from gradguard.leakage import count_labels, fidelity, label_recovery
 from gradguard.report import AttackScore, LabelScore
@@ -105,10 +106,11 @@ def observe(
     function, inputs, targets = part.function, part.inputs, part.rest
     # `sent` less the others' share, in units of the examples' own gradient: that, and all of the noise.
     sent = {n: part.own[n] + (sent[n].to(g) - g) / part.scale for n, g in true.items()}
-    classes = None
-    if not targets.is_floating_point():
+    labels, classes = targets_of(targets), None
+    if labels is not None and not labels.is_floating_point():
         with torch.no_grad():
-            classes = jacobian.gradient.outputs(jacobian.parameters, inputs).shape[1]
+            outputs = jacobian.gradient.outputs(jacobian.parameters, inputs, targets)
+        classes = outputs.shape[1] if isinstance(outputs, Tensor) and outputs.ndim > 1 else None
     return Observation(
         loss_gradient=function,
         sent=sent,

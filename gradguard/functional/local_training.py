@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +16,30 @@ from gradguard.functional.loss_gradient import LossGradient
 from gradguard.functional.vectors import Gradient, add
 
 Loss = Callable[[Gradient, Tensor, Tensor], Tensor]
+Regulariser = Callable[[Gradient], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTraining:
-    """`steps` of plain SGD on a client's own examples (FedAvg, McMahan et al. 2017).
+    """`steps` of SGD on a client's own examples (FedAvg, McMahan et al. 2017), as `torch.optim.SGD` takes them.
 
     `batch_size`: examples per step, taken in order and from the start again at the end; `None`: all, in every step.
+    `momentum`, `weight_decay`: of `torch.optim.SGD` (no dampening, no Nesterov).
+    `regulariser`: what the client adds to its loss in every step, a pure function of the trainable parameters (a
+        dictionary keyed as `named_parameters()`) that returns a scalar. FedProx (Li et al. 2020) adds
+        `mu / 2 * sum(((p[n] - start[n]) ** 2).sum() for n in p)`.
 
     Instead of the update itself its mean gradient is used, `(before - after) / (learning_rate * steps)`: for one step
-    it is the gradient.
+    it is the gradient (and that of the regulariser).
     """
 
     steps: int
     learning_rate: float
     batch_size: int | None = None
+    optimiser: Literal["sgd"] = "sgd"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    regulariser: Regulariser | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -38,12 +48,24 @@ class LocalTraining:
             raise InputError(f"`learning_rate` must be positive and finite, got {self.learning_rate}.")
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"`batch_size` must be at least 1, got {self.batch_size}.")
+        if self.optimiser != "sgd":
+            raise InputError(
+                f'`optimiser` must be "sgd", got {self.optimiser!r}: an update of another one is no sum of gradients, '
+                "and its receiver cannot be judged as one who knows it."
+            )
+        for name, value in (("momentum", self.momentum), ("weight_decay", self.weight_decay)):
+            if not 0 <= value < float("inf"):
+                raise InputError(f"`{name}` must not be negative, got {value}.")
+        if self.regulariser is not None and not callable(self.regulariser):
+            raise InputError("`regulariser` must be a function of the parameters that returns a scalar.")
 
     def mean_gradient(self, loss_gradient: LossGradient, inputs: Tensor, targets: Tensor) -> Gradient:
         """What training on `inputs` `(B, *input_shape)` and `targets` from the model's parameters sends."""
         loss_gradient.check_batch(inputs, targets)
+        parameters = loss_gradient.parameters()
+        self._check_regulariser(parameters)
         x, y = loss_gradient.cast(inputs), loss_gradient.cast(targets)
-        return self(loss_gradient.loss, loss_gradient.parameters(), x, y)
+        return self(loss_gradient.loss, parameters, x, y)
 
     def of_update(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Gradient:
         """The mean gradient behind an update, from the parameters before and after it."""
@@ -53,11 +75,49 @@ class LocalTraining:
         """The same as a pure function of `parameters`, `inputs` and `targets`, differentiable by all three."""
         size = len(inputs) if self.batch_size is None else min(self.batch_size, len(inputs))
         parts = list(zip(inputs.split(size), targets.split(size), strict=True))
-        after = parameters
+
+        def objective(now: Gradient, x: Tensor, y: Tensor) -> Tensor:
+            value = loss(now, x, y)
+            return value if self.regulariser is None else value + self.regulariser(now)
+
+        after, velocity = parameters, None
         for step in range(self.steps):
-            x, y = parts[step % len(parts)]
-            after = add(after, grad(loss)(after, x, y), -self.learning_rate)
+            slope = grad(objective)(after, *parts[step % len(parts)])
+            if self.weight_decay:
+                slope = add(slope, after, self.weight_decay)
+            # `torch.optim.SGD` begins with the gradient itself, and does not dampen it later.
+            velocity = slope if velocity is None or not self.momentum else add(slope, velocity, self.momentum)
+            after = add(after, velocity, -self.learning_rate)
         return self.of_update(parameters, after)
+
+    def examples_used(self, count: int) -> int:
+        """How many of the first of `count` examples the steps take at all."""
+        return count if self.batch_size is None else min(count, self.steps * self.batch_size)
+
+    def amplification(self, count: int) -> float:
+        """How much of an example's own gradient the mean gradient holds, where `count` are trained on, at most.
+
+        In units of its share in the gradient of all, to first order in the learning rate: momentum repeats what it
+        has seen, and an example that is in more steps than others weighs more.
+        """
+        repeats = sum(sum(self.momentum**j for j in range(self.steps - k)) for k in range(self.steps)) / self.steps
+        if self.batch_size is None or self.batch_size >= count:
+            return repeats
+        parts = -(-count // self.batch_size)
+        # An example's weight is 1/size in each step that it is in; the last part may be smaller than the others.
+        sizes = [min(self.batch_size, count - part * self.batch_size) for part in range(parts)]
+        visits = [len(range(part, self.steps, parts)) for part in range(parts)]
+        return repeats * max(count * v / (s * self.steps) for v, s in zip(visits, sizes, strict=True))
+
+    def _check_regulariser(self, parameters: Gradient) -> None:
+        if self.regulariser is None:
+            return
+        value = self.regulariser(parameters)
+        if not isinstance(value, Tensor) or value.ndim or not torch.isfinite(value):
+            raise InputError(
+                "`regulariser` must return a finite scalar tensor, got "
+                f"{value if not isinstance(value, Tensor) or not value.ndim else tuple(value.shape)}."
+            )
 
 
 def surrogate_model(

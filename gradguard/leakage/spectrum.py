@@ -14,7 +14,6 @@ from torch import Tensor
 
 from gradguard.errors import InputError
 from gradguard.functional.jacobian import InputJacobian
-from gradguard.functional.restriction import SentJacobian
 from gradguard.leakage.influence import fits_dense
 from gradguard.linalg import (
     FunctionProduct,

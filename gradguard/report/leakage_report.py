@@ -31,12 +31,16 @@ class Verdict:
     `reasons`: sentences for people, at least one.
     `noise_ratio`: `|sent - true| / |true|` of the gradient that the decision is about.
     `measures`: the numbers the decision rests on, by name.
+    `looks_like`: what the message is, compared with the batch's gradient: "gradient", "factor", "factors" (one per
+        tensor), "rounding", "weight decay", "update" or "unexplained"; `explanation`: the same in sentences.
     """
 
     decision: Decision
     reasons: tuple[str, ...]
     noise_ratio: float
     measures: dict[str, float] = field(default_factory=dict)
+    looks_like: str = "gradient"
+    explanation: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
