@@ -76,7 +76,7 @@ class Attack(ABC):
     def check_all(self, observation: Observation) -> None:
         """`check`, after what holds for every attack."""
         if not isinstance(observation, Observation):
-            raise InputError(f"{self.name} attacks an `Observation`, got {type(observation).__name__}.")
+            raise InputError(f"{self.name} is given `Observation` objects, got {type(observation).__name__}.")
         if observation.local is not None and not self.takes_local_training:
             raise InputError(
                 f"{self.name} attacks a single gradient, and this client took {observation.local.steps} local steps. "

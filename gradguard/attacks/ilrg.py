@@ -14,6 +14,7 @@ from gradguard.attacks._labels.classification_head import ClassificationHead, ob
 from gradguard.attacks._labels.counts import idlg_label, labels_of, restore_label_counts, sparsified
 from gradguard.attacks._labels.inference import solve_observed_system
 from gradguard.attacks._labels.scale import free_scale_label, restore_counts_and_scale, single_scale
+from gradguard.attacks._options import check_numbers, check_whole
 from gradguard.attacks.base import Attack
 from gradguard.errors import InputError
 from gradguard.threats.observation import Observation, Reconstruction
@@ -46,8 +47,10 @@ class ILRG(Attack):
     refinements: int = 2
 
     def __post_init__(self) -> None:
+        check_numbers(refinements=self.refinements)
         if self.refinements < 0:
             raise InputError(f"`refinements` must not be negative, got {self.refinements}. 0 is the published method.")
+        check_whole(0, refinements=self.refinements)
 
     def check(self, observation: Observation) -> None:
         """A head with a bias, under a mean cross-entropy, whose gradient is not zero."""
@@ -109,10 +112,12 @@ class LabelSystem(Attack):
     rounds: int = 8
 
     def __post_init__(self) -> None:
+        check_numbers(trust=self.trust, rounds=self.rounds)
         if not self.trust >= 0:
             raise InputError(f"`trust` must not be negative, got {self.trust}. 0 solves the system always.")
         if self.rounds < 0:
             raise InputError(f"`rounds` must not be negative, got {self.rounds}. 0 tells classes only.")
+        check_whole(0, rounds=self.rounds)
 
     def check(self, observation: Observation) -> None:
         """A head, with or without a bias, under a mean cross-entropy, whose gradient is not zero."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from gradguard.attacks._matching.engine import MatchingAttack
 from gradguard.attacks._matching.lbfgs import LBFGS
 from gradguard.attacks._matching.search import Optimiser
+from gradguard.attacks._options import check_whole
 from gradguard.errors import InputError
 
 
@@ -27,8 +28,7 @@ class LevenbergMarquardt(MatchingAttack):
     iterations: int = 100
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise InputError(f"`iterations` must be at least 1, got {self.iterations}.")
+        check_whole(1, iterations=self.iterations)
         if self.polish not in (0, self.iterations):
             raise InputError("This attack is a polish from the start on: give `iterations`, and leave `polish` out.")
         object.__setattr__(self, "polish", self.iterations)

@@ -54,7 +54,8 @@ def _names(options: Any) -> dict[str, Any]:
     """The names that its repr may use: its class's module's, and those of what its options hold."""
     names: dict[str, Any] = {"torch": torch, "inf": float("inf"), "nan": float("nan")}
     for base in reversed(type(options).__mro__):
-        names |= vars(sys.modules[base.__module__])
+        module = sys.modules.get(base.__module__)
+        names |= {} if module is None else vars(module)
     names[type(options).__name__] = type(options)
     for option in fields(options):
         value = getattr(options, option.name)

@@ -138,6 +138,12 @@ class Observation:
         with torch.no_grad():
             with _asking(f"Examples of shape {shape} do not go through {type(function.model).__name__}"):
                 outputs = function.outputs(parameters, inputs)
+            scores = isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] > 1
+            if scores and self.num_classes not in (None, outputs.shape[1]):
+                raise InputError(
+                    f"The observation says `num_classes={self.num_classes}`, the model has {outputs.shape[1]} outputs. "
+                    "Give the same number, or leave it out."
+                )
             if self.labels is None:
                 return
             if isinstance(outputs, Tensor):

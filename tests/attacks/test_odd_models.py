@@ -1,11 +1,13 @@
 """Attacks on models that `torch.func` does not take, and on models that fail: right, or refused by name."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from gradguard import InputError, LossGradient, UnsupportedModelError
-from gradguard.attacks import DLG, ILRG, Observation
+from gradguard.attacks import DLG, ILRG, InvertingGradients, LabelSystem, LevenbergMarquardt, Observation
 from references import loss_of
 
 
@@ -88,6 +90,37 @@ def test_running_out_of_memory_is_not_the_models_fault(monkeypatch):
 def test_a_search_in_half_precision_is_refused(dtype):
     with pytest.raises(InputError, match=r"`dtype` must be torch\.float32 or torch\.float64"):
         DLG(dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("attack", "options", "message"),
+    [
+        (DLG, {"restarts": "3"}, "`restarts` must be a whole number, got '3'"),
+        (DLG, {"restarts": 1.5}, "`restarts` must be a whole number"),
+        (DLG, {"polish": None}, "`polish` must be a whole number"),
+        (DLG, {"evaluations": 0}, "evaluations"),
+        (DLG, {"evaluations": "many"}, "`evaluations` must be a whole number"),
+        (DLG, {"max_seconds": "ten"}, "`max_seconds` must be a number"),
+        (DLG, {"chunk_size": 1.5}, "`chunk_size` must be a whole number"),
+        (InvertingGradients, {"iterations": 2.5}, "`iterations` must be a whole number"),
+        (InvertingGradients, {"total_variation": "strong"}, "`weight` must be a number"),
+        (InvertingGradients, {"learning_rate": float("nan")}, "`learning_rate` positive"),
+        (LevenbergMarquardt, {"iterations": "all"}, "`iterations` must be a whole number"),
+        (ILRG, {"refinements": 0.5}, "`refinements` must be a whole number"),
+        (LabelSystem, {"trust": None}, "`trust` must be a number"),
+    ],
+)
+def test_odd_options_are_refused_when_they_are_given(attack, options, message):
+    with pytest.raises(InputError, match=message):
+        attack(**options)
+
+
+def test_a_number_of_classes_that_is_not_the_models():
+    seen, _ = seen_by(Custom)
+    with pytest.raises(InputError, match="says `num_classes=7`, the model has 3 outputs"):
+        DLG()(replace(seen, labels=None, num_classes=7))
+    with pytest.raises(InputError, match="`Observation` objects, got NoneType"):
+        DLG().attack_all([seen, None])
 
 
 def test_a_gradient_sent_in_half_precision(convnet, cross_entropy, batch):

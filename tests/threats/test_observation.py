@@ -109,7 +109,7 @@ def test_what_only_the_model_tells_is_refused_before_the_attack(seen, change, me
 def test_a_seed_is_no_generator(seen, attack):
     with pytest.raises(InputError, match=r"got int.*manual_seed\(7\)"):
         attack(seen, generator=7)
-    with pytest.raises(InputError, match="attacks an `Observation`, got dict"):
+    with pytest.raises(InputError, match="`Observation` objects, got dict"):
         attack(seen.sent)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradguard.attacks._matching.search import Optimiser, Projection, Search, ValueAndGradient, rows_where
+from gradguard.attacks._options import check_numbers, check_whole
 from gradguard.errors import InputError
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
@@ -40,11 +41,14 @@ class Adam(Optimiser):
     warm_up: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(iterations=self.iterations, learning_rate=self.learning_rate, warm_up=self.warm_up)
         if self.iterations < 1 or not 0 < self.learning_rate < math.inf or self.warm_up < 0:
             raise InputError(
                 "`iterations` must be at least 1, `learning_rate` positive and finite, `warm_up` not negative, got "
                 f"{self.iterations}, {self.learning_rate} and {self.warm_up}."
             )
+        check_whole(1, iterations=self.iterations)
+        check_whole(0, warm_up=self.warm_up)
         if self.sign not in ("hard", "soft", None):
             raise InputError(f'`sign` must be "hard", "soft" or None, got {self.sign!r}.')
         if self.decay not in ("step", "cosine", None):

@@ -28,6 +28,7 @@ from gradguard.attacks._matching.progress import Checkpoint, progress_bar
 from gradguard.attacks._matching.run import MatchingRun
 from gradguard.attacks._matching.search import Optimiser, rows_where
 from gradguard.attacks._matching.trials import LabelMode, Trials, check_alike
+from gradguard.attacks._options import check_numbers, check_whole
 from gradguard.attacks.base import Attack, check_generator, failures_of
 from gradguard.errors import InputError
 from gradguard.threats.observation import Observation, Reconstruction
@@ -81,17 +82,20 @@ class MatchingAttack(Attack):
     dtype: torch.dtype = torch.float64
 
     def __post_init__(self) -> None:
-        if self.restarts < 1:
-            raise InputError(f"`restarts` must be at least 1, got {self.restarts}.")
-        if self.polish < 0:
-            raise InputError(f"`polish` must not be negative, got {self.polish}.")
+        check_whole(1, restarts=self.restarts)
+        check_whole(0, polish=self.polish)
         if self.labels not in ("inferred", "joint", "shared"):
             raise InputError(f'`labels` must be "inferred", "joint" or "shared", got {self.labels!r}.')
         if self.start_from not in ("normal", "uniform", "grey"):
             raise InputError(f'`start_from` must be "normal", "uniform" or "grey", got {self.start_from!r}.')
         for name in ("max_seconds", "at_once", "chunk_size"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is None:
+                continue
+            check_numbers(**{name: value})
+            if name != "max_seconds" and value > 0:
+                check_whole(1, **{name: value})
+            if not value > 0:
                 raise InputError(f"`{name}` must be positive or None, got {value}.")
         if self.dtype not in (torch.float32, torch.float64):
             raise InputError(f"`dtype` must be torch.float32 or torch.float64 to search in, got {self.dtype}.")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradguard.attacks._matching.search import Optimiser, Projection, Search, ValueAndGradient, rows_where
+from gradguard.attacks._options import check_whole
 from gradguard.errors import InputError
 from gradguard.linalg.operator import safe_inverse
 
@@ -38,10 +39,7 @@ class LBFGS(Optimiser):
     tolerance: float = 1e-12
 
     def __post_init__(self) -> None:
-        if self.evaluations < 1:
-            raise InputError(f"`evaluations` must be at least 1, got {self.evaluations}.")
-        if self.memory < 1:
-            raise InputError(f"`memory` must be at least 1, got {self.memory}.")
+        check_whole(1, evaluations=self.evaluations, memory=self.memory)
 
     def search(self, start: Tensor, *, target: float = 0.0, project: Projection | None = None) -> Search:
         """Begin a search, every trial from its own start.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gradguard.attacks._options import check_numbers
 from gradguard.errors import InputError
 from gradguard.linalg.covariances import PowerLawPrior
 
@@ -37,6 +38,7 @@ class Penalty(ABC):
     couples: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_numbers(weight=self.weight)
         if not 0 <= self.weight < float("inf"):
             raise InputError(f"A penalty's `weight` must be finite and not negative, got {self.weight}.")
 

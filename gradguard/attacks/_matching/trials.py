@@ -187,6 +187,9 @@ def check_alike(observations: Sequence[Observation]) -> None:
     if not observations:
         raise InputError("There is no observation to attack.")
     first = observations[0]
+    strange = [type(o).__name__ for o in observations if not isinstance(o, Observation)]
+    if strange:
+        raise InputError(f"An attack is given `Observation` objects, got {strange[0]}.")
     for position, other in enumerate(observations[1:], start=1):
         for name in ("batch_size", "input_shape", "num_classes", "value_range", "local", "not_sent"):
             if getattr(other, name) != getattr(first, name):
