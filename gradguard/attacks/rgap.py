@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gradguard.attacks._closed_form.given_labels import check_differentiable, with_usable_labels
 from gradguard.attacks._closed_form.heads import Head
 from gradguard.attacks._closed_form.rgap_batch import Recovered, check_batch, examples, first_layer, recovered
 from gradguard.attacks._closed_form.rgap_descent import Descent, is_short
@@ -89,10 +90,15 @@ class RGAP(Attack):
         """Raises `InputError` for a batch on convolutions or a zero gradient, `UnsupportedModelError` for no chain."""
         if observation.batch_size > 1:
             check_batch(observation, walk(observation.loss_gradient, observation.input_shape))
+        else:
+            walk(observation.loss_gradient, observation.input_shape, residual=True)
+        observation = with_usable_labels(observation)
+        check_differentiable(observation)
         Problem(_as_one(observation))
 
     def run(self, observation: Observation, generator: torch.Generator | None) -> Reconstruction:
         """The attack. It draws no random numbers."""
+        observation = with_usable_labels(observation)
         if observation.batch_size > 1:
             return self._run_batch(observation)
         problem = Problem(observation)

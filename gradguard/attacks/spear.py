@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gradguard.attacks._closed_form.given_labels import check_differentiable, with_usable_labels
 from gradguard.attacks._closed_form.rgap_problem import PERFECT
 from gradguard.attacks._closed_form.sparse_columns import SparseColumns, factors
 from gradguard.attacks._closed_form.spear_problem import Disaggregated, Disaggregation
@@ -60,9 +61,11 @@ class SPEAR(Attack):
     def check(self, observation: Observation) -> None:
         """Raises `UnsupportedModelError` without a first linear layer and ReLU, `InputError` for a batch too large."""
         Disaggregation(observation)
+        check_differentiable(with_usable_labels(observation))
 
     def run(self, observation: Observation, generator: torch.Generator | None) -> Reconstruction:
         """Draw, keep the sparsest directions, and end once their examples have the gradient that was sent."""
+        observation = with_usable_labels(observation)
         problem = Disaggregation(observation)
         found = factors(problem.gradient, observation.batch_size, problem.eps)
         columns = SparseColumns(found)

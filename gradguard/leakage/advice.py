@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gradguard.chain import Affine, ChannelScale, Graph, walk_graph
+from gradguard.chain import Affine, ChannelScale, Graph
+from gradguard.chain.walk import check_walkable, checked_shape, unwrapped, walk_graph
 from gradguard.errors import InputError
 from gradguard.functional.loss_gradient import LossGradient
 from gradguard.leakage.rank import RankAnalysis, Verdict, rank_analysis
@@ -104,6 +105,8 @@ def advice(
     """
     if limit < 1:
         raise InputError(f"`limit` must be at least 1, got {limit}.")
+    check_walkable(model)
+    model, input_shape = unwrapped(model), checked_shape(input_shape)
     graph = _graph(model, input_shape)
     if not _rebuildable(model):
         return _by_count(rank_analysis(model, input_shape, max_unknowns=max_unknowns), beyond_virtual)[:limit]

@@ -16,7 +16,8 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gradguard.chain import Activation, Affine, ChannelScale, Graph, MaxPool, MeanPool, Reshape, Sum, Tail, walk_graph
+from gradguard.chain import Activation, Affine, ChannelScale, Graph, MaxPool, MeanPool, Reshape, Sum, Tail
+from gradguard.chain.walk import check_walkable, unwrapped, walk_graph
 from gradguard.errors import InputError
 from gradguard.functional.loss_gradient import LossGradient
 from gradguard.functional.vectors import Gradient
@@ -222,8 +223,12 @@ def rank_analysis(
         InputError: If an option is outside its range, or `input_shape` does not fit the model.
         UnsupportedModelError: For a model made of anything else.
     """
-    if max_unknowns < 1 or probes < 1:
-        raise InputError(f"`max_unknowns` and `probes` must be at least 1, got {max_unknowns} and {probes}.")
+    if not all(isinstance(n, int) and n >= 1 for n in (max_unknowns, probes)):
+        raise InputError(f"`max_unknowns` and `probes` must be at least 1, got {max_unknowns!r} and {probes!r}.")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(f"`generator` must be a torch.Generator or None, got {type(generator).__name__}.")
+    check_walkable(model)
+    model = unwrapped(model)
     gradient = LossGradient(model, _no_loss, dtype=torch.float64, train_mode="eval")
     graph = walk_graph(gradient, input_shape)
     trainable = gradient.parameters()

@@ -81,7 +81,7 @@ class BatchProof:
         if self.targets is None:
             return Explained(0, math.inf, 0, 0.0)
         z = self._z(x)
-        outputs, pull_back = torch.func.vjp(self._above, z)
+        outputs, pull_back = self._linearised(z)
         try:
             slopes = torch.stack([self._slope(outputs, y) for y in range(len(self.targets))])
             signals = torch.stack([pull_back(t)[0] for t in slopes]).flatten(1)
@@ -100,7 +100,7 @@ class BatchProof:
         if self.targets is None:
             return 0
         z = self._z(x)
-        outputs, pull_back = torch.func.vjp(self._above, z)
+        outputs, pull_back = self._linearised(z)
         every = torch.ones(self.layer.filters, dtype=torch.bool, device=x.device)
         return self._signal_rank(outputs, pull_back, every if units is None else units)
 
@@ -141,6 +141,11 @@ class BatchProof:
 
     def _z(self, x: Tensor) -> Tensor:
         return self.layer(x.reshape(self.layer.input_shape), self.parameters)
+
+    def _linearised(self, z: Tensor) -> tuple[Tensor, Callable[..., Any]]:
+        """The model's output, and what takes a derivative by it back to the first layer's output `z`."""
+        found: Any = torch.func.vjp(self._above, z)
+        return found[0], found[1]
 
     def _above(self, z: Tensor) -> Tensor:
         """The model's output from the first layer's."""
