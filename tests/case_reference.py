@@ -117,6 +117,11 @@ class Reference:
         gain = torch.where(singular > cut, singular / (singular**2 + damping).clamp_min(1e-300), 0.0)
         return torch.linalg.vector_norm(gain * image, dim=1)
 
+    @property
+    def seen(self) -> Tensor:
+        """Which examples the gradient shows at all, to first order: `(B,)`."""
+        return self.problems(True).flatten(1).norm(dim=1) > 0
+
     def is_clear(self, per_example: bool) -> bool:
         """Whether the rank of `J` can be told: no singular value near the rounding of the largest, none tiny."""
         singular = torch.linalg.svdvals(self.problems(per_example))

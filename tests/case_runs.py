@@ -273,8 +273,12 @@ def audit(run: Run) -> None:
     run.close("gradient norm", report.gradient_norm, flat(true).norm(), tolerance)
     difference = {n: sent[n].double() - true[n] for n in true}
     if run.reference.is_clear(True) and not run.case.own_dtype:
-        expected = run.reference.influence(difference, per_example=True)
-        run.close("predicted error", report.predicted_error, expected, tolerance)
+        errors = torch.as_tensor(report.predicted_error, dtype=torch.float64)
+        expected, seen = run.reference.influence(difference, per_example=True), run.reference.seen
+        run.close("predicted error", errors[seen], expected[seen], tolerance)
+        unseen = errors[~seen]
+        if not bool(((unseen == 0) | (unseen == float("inf"))).all()):
+            raise Wrong(f"predicted error of examples that the gradient does not show: {unseen.tolist()}")
     failures = [s.failure for scores in report.attacks.values() for s in scores.values() if s.failure]
     if failures:
         raise InputError(failures[0])
@@ -287,7 +291,7 @@ def protect(run: Run) -> None:
     sent, verdict = run.call(lambda: guard.protect(*made, generator=torch.Generator().manual_seed(0)), made)
     true = run.reference.gradient()
     if sent is None:
-        if float(run.reference.influence(run.delta(), per_example=True).min()) > 0:
+        if bool(run.reference.seen.all()):
             raise Wrong(f"blocked: {verdict.reasons}")
         return
     if list(sent) != run.reference.names:
@@ -300,7 +304,10 @@ def protect(run: Run) -> None:
         difference = {n: sent[n].double() - true[n] for n in true}
         errors = run.reference.influence(difference, per_example=True)
         errors = errors / (run.reference.inputs[0].numel() ** 0.5 * (high - low))
-        run.close("predicted error of the verdict", verdict.measures["predicted_error"], errors.min())
+        value, seen = verdict.measures["predicted_error"], run.reference.seen
+        # An example that the gradient does not show at all: no error to speak of, or any.
+        if not (value == 0 and not bool(seen.all())):
+            run.close("predicted error of the verdict", value, errors[seen].min())
 
 
 def guard_of(run: Run, **options: Any) -> Guard:

@@ -323,6 +323,7 @@ CASES: list[Case] = [
         may_refuse="(?i)embedding_?bag",
     ),
     case("Fourier filter", lambda: (Spectrum(), nn.CrossEntropyLoss(), pictures(), labels()), "layer"),
+    case("normalised in forward", joined(lambda m, x: torch.tanh(m.first((x - 0.5) / 0.25))), "layer"),
     case("residual", joined(residual), "layer"),
     case("dense concatenation", joined(concatenated, head=12), "layer"),
     case("gated", joined(gated), "layer"),

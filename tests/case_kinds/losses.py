@@ -93,6 +93,17 @@ class LearnedScale(nn.Module):
         return F.mse_loss(self.scale * outputs, targets)
 
 
+class LearnedTemperature(nn.Module):
+    """A loss with a parameter of its own, which is no parameter of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, outputs, targets):
+        return F.cross_entropy(outputs / self.temperature, targets)
+
+
 def margins(outputs, targets):
     below = F.relu(1 - outputs.gather(1, targets[:, None]) + outputs)
     return (below.sum(1) - 1).mean() / outputs.shape[1]
@@ -312,6 +323,7 @@ CASES: list[Case] = [
         "loss",
     ),
     case("cosine to targets", with_loss(lambda: lambda o, t: 1 - F.cosine_similarity(o, t).mean(), real), "loss"),
+    case("loss module with a parameter", with_loss(LearnedTemperature), "loss", may_refuse="(?i)loss.*parameter"),
     case("loss module with a buffer", with_loss(LearnedScale, real), "loss"),
     case(
         "per-example weights in the targets",

@@ -244,6 +244,8 @@ CASES: list[Case] = [
         vectors(lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 3)).eval()),
         "random",
     ),
+    case("Dropout in train, as sent", in_train(nn.Dropout), "random", options={"train_mode": "as sent"}),
+    case("functional dropout in train, as sent", ruled(dropped), "random", options={"train_mode": "as sent"}),
     case("Dropout of zero in train", in_train(lambda: nn.Dropout(0.0)), "random"),
     case("RReLU in train", in_train(nn.RReLU), "random", refused="(?i)rrelu"),
     case("functional dropout in train", ruled(dropped), "random", refused=RANDOM),
