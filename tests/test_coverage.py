@@ -100,7 +100,7 @@ def test_a_bare_tensor_is_never_sent_however_lenient_the_policy(model, cross_ent
     message["auxiliary.weight"].zero_()
     message["auxiliary.bias"] = None
     _, verdict = gg.Guard(attacks=(), policy=policy).protect(model, cross_entropy, *batch, message)
-    assert verdict.decision == "send"
+    assert verdict.decision != "block"
 
 
 class Table(nn.Module):
