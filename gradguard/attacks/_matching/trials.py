@@ -60,6 +60,7 @@ class Trials:
         self.distance, self.penalties = distance or SquaredDistance(), tuple(penalties)
         self.chunk_size = chunk_size
         known = {n: p for n, p in self.parameters.items() if n in first.sent}
+        self._sent_parameters = known
         self.sent = {n: torch.stack([o.sent[n] for o in observations]).to(p) for n, p in known.items()}
         #: Whether the factor of the sent gradient is unknown, and the best one is taken for each trial.
         self.free_scale = first.scale is None
@@ -120,7 +121,7 @@ class Trials:
         with torch.enable_grad():
             targets = self.targets(points, rows)
         own, pull_back = self.gradients(self.inputs(points).detach(), targets.detach())
-        leaves = {n: own[n].detach().requires_grad_(True) for n in self.sent}
+        leaves = {n: g.requires_grad_(True) for n, g in self._of_sent(own, len(points)).items()}
         with torch.enable_grad():
             values = self._distance(self.distance, leaves, rows)
             slopes = torch.autograd.grad(values.sum(), list(leaves.values()))
@@ -148,8 +149,12 @@ class Trials:
 
     def own(self, inputs: Tensor, targets: Tensor) -> Gradient:
         """The trials' gradients of the parameters that were sent: `(R, *parameter_shape)` each, detached."""
-        own = self.gradients(inputs, targets)[0]
-        return {n: own[n].detach() for n in self.sent}
+        return self._of_sent(self.gradients(inputs, targets)[0], len(inputs))
+
+    def _of_sent(self, own: Gradient, count: int) -> Gradient:
+        """The part that was sent, detached; zeros for a parameter that no gradient reaches (a bypassed lookup)."""
+        parts = {n: own[n].detach() for n in self.sent if n in own}
+        return {n: parts[n] if n in parts else p.new_zeros(count, *p.shape) for n, p in self._sent_parameters.items()}
 
     def _distance(self, distance: Distance, own: Gradient, rows: Tensor) -> Tensor:
         sent = self._sent(rows)
