@@ -115,7 +115,17 @@ def from_command_line(true: Gradient, seed: int | None) -> Gradient:
         )
         save_gradient(folder / "gradient.safetensors", true)
         words = ["check", str(folder / "gradient.safetensors"), "--model", f"{folder / 'client.py'}:make"]
-        words += ["--defense", "gaussian", "--min-error", "1e-6", "--no-verify", "--write", str(folder / "sent")]
+        words += [
+            "--batch-size",
+            "8",
+            "--defense",
+            "gaussian",
+            "--min-error",
+            "1e-6",
+            "--no-verify",
+            "--write",
+            str(folder / "sent"),
+        ]
         words += [] if seed is None else ["--noise-seed", str(seed)]
         result = CliRunner().invoke(command_line, words)
         if result.exit_code != 0:

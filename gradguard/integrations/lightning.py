@@ -231,9 +231,11 @@ class GradGuard(Callback):
     @property
     def account(self) -> str:
         """What has been perturbed so far, in a sentence."""
-        what = self.guard.defense.name if self.guard.defense is not None else "no defense, measured only"
-        kind = "seeded noise" if self.seed is not None else "secret noise"
-        return f"gradguard: {self.steps} gradients in {self.tensors} tensors, {what}, {kind}."
+        count = f"{self.steps} gradients in {self.tensors} tensors"
+        if self.guard.defense is None:
+            return f"gradguard: {count} measured; there is no defense to perturb them."
+        kind = "seeded" if self.seed is not None else "secret"
+        return f"gradguard: {count}, {self.guard.defense.name}, {kind} noise."
 
     def state_dict(self) -> dict[str, Any]:
         """Cadence and counters, for the checkpoint, and the noise stream's public name: nothing to draw noise from."""

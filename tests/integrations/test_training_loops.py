@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from gradguard import Guard, InputError, LossGradient, SeededNoiseWarning
 from gradguard.defenses import GaussianNoise, PriorNoise
 from gradguard.demo import DigitsModule
+from gradguard.functional.vectors import norm
 from gradguard.integrations.lightning import GradGuard
-from gradguard.integrations.training_step import MeanOfBatches
+from gradguard.integrations.training_step import MeanOfBatches, StepWatch
 from gradguard.zoo.pictures import digits
 
 KEY = bytes(range(32))
@@ -204,6 +205,26 @@ def test_clipping_between_noise_and_step_adds_no_second_noise():
     assert torch.nn.functional.cosine_similarity(before, after, dim=0) > 1 - 1e-6
 
 
+def test_what_a_scaler_does_between_noise_and_step_is_not_a_new_gradient():
+    """AMP's scaler steps without a closure, after the framework's hook and after clipping has written to gradients."""
+    layer, perturbed = nn.Linear(2, 1), []
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    watch = StepWatch(layer.parameters, perturbed.append)
+    try:
+        layer(torch.ones(1, 2)).sum().backward()
+        watch.handled(optimizer)
+        optimizer.step()
+        assert perturbed == []
+        optimizer.step()  # a raw one
+        assert perturbed == [optimizer]
+        watch.handled(optimizer)
+        watch.forget()  # the scaler has left the step out, and a new batch begins
+        optimizer.step()
+        assert perturbed == [optimizer] * 2
+    finally:
+        watch.remove()
+
+
 # ---------------------------------------------------------------------- windows
 
 
@@ -287,6 +308,20 @@ def test_batches_of_different_sizes_weigh_as_they_do_in_the_step():
     (sum(model.loss_fn(model(x), y) for x, y in parts) / 2).backward()
     whole = LossGradient(model, MeanOfBatches(model.loss_fn, (4, 2)))(inputs, targets)
     torch.testing.assert_close(whole, {n: p.grad for n, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize("defense", [PriorNoise(noise_ratio=0.3), GaussianNoise(noise_ratio=0.3)], ids=repr)
+@pytest.mark.parametrize(("sizes", "accumulate"), [([4, 8], 2), ([8], 4)], ids=str)
+def test_windows_are_perturbed_and_verified_as_the_step_that_is_taken(defense, sizes, accumulate):
+    pictures = digits()
+    parts = torch.arange(sum(sizes)).split(sizes)
+    data = DataLoader([(pictures.images[i], pictures.labels[i]) for i in parts], batch_size=None)
+    callback = Unclipped(Guard(defense=defense, attacks=()), verify_every_n_steps=1)
+    fit(DigitsModule(), callback, data=data, max_steps=-1, max_epochs=1, accumulate_grad_batches=accumulate)
+    ((bare, delta, *_),) = callback.kept
+    ratio = norm(delta) / norm(bare)
+    assert ratio.item() == pytest.approx(0.3, rel=0.05)
+    assert callback.last_report.noise_ratio == pytest.approx(ratio.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
