@@ -333,7 +333,7 @@ CASES: list[Case] = [
         "layer",
     ),
     case("LSTM", recurrent(nn.LSTM), "recurrent"),
-    case("LSTM, two layers, both ways", recurrent(nn.LSTM, num_layers=2, bidirectional=True), "recurrent"),
+    case("LSTM, two layers, both ways", recurrent(nn.LSTM, num_layers=2, bidirectional=True), "recurrent", "slow"),
     case("GRU", recurrent(nn.GRU), "recurrent"),
     case("RNN", recurrent(nn.RNN), "recurrent"),
     case("GRUCell by hand", lambda: (Cell(), nn.CrossEntropyLoss(), torch.rand(3, 4, 3), labels()), "recurrent"),
@@ -341,7 +341,9 @@ CASES: list[Case] = [
     case("MultiheadAttention with weights", sequences(lambda: SelfAttention(need_weights=True)), "attention"),
     case("MultiheadAttention with bias_kv", sequences(lambda: SelfAttention(add_bias_kv=True)), "attention"),
     case("TransformerEncoderLayer in eval", sequences(Encoder), "attention"),
-    case("TransformerEncoderLayer in train", sequences(lambda: Encoder(dropout=0.0), mode="train"), "attention"),
+    case(
+        "TransformerEncoderLayer in train", sequences(lambda: Encoder(dropout=0.0), mode="train"), "attention", "slow"
+    ),
     case(
         "TransformerEncoderLayer, norm first, class token",
         sequences(lambda: Encoder(class_token=True, norm_first=True, activation="gelu")),

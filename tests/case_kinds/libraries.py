@@ -287,6 +287,7 @@ CASES: list[Case] = [
         "GPT-2, eager attention",
         language(lambda: gpt2(attn_implementation="eager")),
         "transformers",
+        "slow",
         options=TOKENS,
     ),
     case("GPT-2 by inputs_embeds", embedded(gpt2, each_token, lambda: IDS), "transformers"),
@@ -316,7 +317,7 @@ CASES: list[Case] = [
         refused="(?i)dropout",
     ),
     case("ViT", seen(vit), "transformers"),
-    case("ViT by name", seen(vit, by_name=True), "transformers"),
+    case("ViT by name", seen(vit, by_name=True), "transformers", "slow"),
     case(
         "ViT in train without dropout",
         seen(lambda: vit(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), mode="train"),
