@@ -18,6 +18,7 @@ from gradguard.evaluation.scoring import guess_psnr, prior_psnr
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossFunction, LossGradient, TrainMode
 from gradguard.functional.vectors import Gradient, flatten, norm
+from gradguard.leakage import influence as influence  # an old name of this module
 from gradguard.leakage import spectrum
 from gradguard.policy import Policy
 from gradguard.report import LeakageReport, Verdict
