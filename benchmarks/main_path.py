@@ -23,6 +23,8 @@ from gradguard.attacks import DLG, RGAP, Attack, Observation
 from gradguard.defenses import PriorNoise
 from gradguard.demo import Demo, accuracy, influence_check
 from gradguard.leakage import fidelity
+from gradguard.report.leakage_report import Case
+from gradguard.report.scores import best_per_example
 from gradguard.zoo.models import cnn6, fcn, lenet, uniform_init_
 from gradguard.zoo.pictures import digits, photos
 
@@ -170,8 +172,10 @@ def defense_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     inputs, targets = (part[: demo.audited].to(options.device) for part in (train.images, train.labels))
     report = guard.audit(model, nn.CrossEntropyLoss(), inputs, targets, generator=generator(options))
     rows = []
+    cases: tuple[Case, ...] = ("without", "with")
+    found = {case: best_per_example(report.scores(case).values(), len(report.attacked)) for case in cases}
     for place, index in enumerate(report.attacked):
-        best = {c: max(s[c].psnr[place] for s in report.attacks.values()) for c in ("without", "with")}
+        best = {case: psnr[place] for case, psnr in found.items()}
         predicted = report.predicted_error[index]
         rows.append({"picture": index, "label": report.labels[index], "predicted_error": predicted} | best)
     return rows

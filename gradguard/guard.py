@@ -128,7 +128,7 @@ class Guard:
                 # Nothing of it leaves: a seed for the noise of an audit is no fault, and no warning.
                 sent = self._audited(true, jacobian, generator if noise is None else noise)
             else:
-                sent = as_gradient(model, sent)
+                sent = as_gradient(model, sent, missing="unsent")
             bar.step("measuring")
             measures = self.measure(jacobian, true, sent or true, generator=starts)
             eigenvalues = spectrum(jacobian, generator=starts).values
@@ -225,7 +225,8 @@ class Guard:
         self.threat.check_inputs(message.inputs)
         jacobian = InputJacobian(function, message.inputs, message.targets)
         judge_of = self._judge(jacobian, message.true, verify, starts)
-        judged = judge_of(message.seen(message.given))
+        # What an attacker makes of the message who knows all but the noise is what is measured and attacked.
+        judged = judge_of(message.seen(message.given, fill_unsent=False))
         sentences = (*message.sentences, *_known_inputs(function))
         complaints = (*judged.complaints, *bare_tensors(message))
         if not complaints:
@@ -236,8 +237,11 @@ class Guard:
             reasons = (*complaints, *judged.caveats, *sentences, "the guard has no defense to perturb it with")
             return None, message.named(judged.verdict("block", *reasons))
         source = generator if noise is None else noise
-        covered = cover(self.defense, message.given, jacobian, uncovered=self.uncovered, generator=source)
-        judged = judge_of(message.seen(covered.message))
+        covered = cover(
+            self.defense, message.in_gradient_units(), jacobian, uncovered=self.uncovered, generator=source
+        )
+        sent = message.in_its_own(covered.message)
+        judged = judge_of(message.seen(message.in_its_own(covered.message, masked=False), fill_unsent=False))
         if judged.complaints:
             reasons = (*judged.complaints, *judged.caveats, f"even after {self._defense_name()}", *sentences)
             return None, message.named(judged.verdict("block", *reasons))
@@ -249,7 +253,7 @@ class Guard:
             *message.caveats,
         )
         verdict = message.named(judged.verdict("perturb", *reasons))
-        return covered.message if judged.fine else None, verdict
+        return sent if judged.fine else None, verdict
 
     # ------------------------------------------------------------------ the parts, for loops of one's own
 

@@ -25,7 +25,7 @@ def no_long_work(monkeypatch):
 
     monkeypatch.setattr(DLG, "run", started)
     monkeypatch.setattr(RGAP, "run", started)
-    monkeypatch.setattr("gradguard.guard.influence", started)
+    monkeypatch.setattr("gradguard.evaluation.measurement.influence", started)
 
 
 def test_nan_gradient(convnet, cross_entropy, batch, gradient):

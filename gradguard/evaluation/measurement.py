@@ -118,13 +118,13 @@ def measure(
 
 
 def difference(true: Gradient, sent: Mapping[str, Tensor]) -> Gradient:
-    """`sent - true`, in the true gradient's dtype and on its device."""
-    return add({n: sent[n].to(g) for n, g in true.items()}, true, -1.0)
+    """`sent - true` of what was sent, in the true gradient's dtype and on its device."""
+    return add({n: sent[n].to(g) for n, g in true.items() if n in sent}, true, -1.0)
 
 
 def noise_ratio(true: Gradient, sent: Mapping[str, Tensor]) -> float:
-    """`|sent - true| / |true|`."""
-    length = norm(true)
+    """`|sent - true| / |true|`, both of what was sent."""
+    length = norm({n: g for n, g in true.items() if n in sent})
     return (norm(difference(true, sent)) / length.clamp_min(torch.finfo(length.dtype).tiny)).item()
 
 

@@ -105,7 +105,7 @@ def observe(
     part = jacobian.contribution(group)
     function, inputs, targets = part.function, part.inputs, part.rest
     # `sent` less the others' share, in units of the examples' own gradient: that, and all of the noise.
-    sent = {n: part.own[n] + (sent[n].to(g) - g) / part.scale for n, g in true.items()}
+    sent = {n: part.own[n] + (sent[n].to(g) - g) / part.scale for n, g in true.items() if n in sent}
     labels, classes = targets_of(targets), None
     if labels is not None and not labels.is_floating_point():
         with torch.no_grad():

@@ -318,7 +318,7 @@ def test_the_measured_gradient_is_the_modules(cross_entropy):
 
 def test_a_bound_at_every_step_starts_from_the_one_before(tmp_path, monkeypatch):
     """And is `ritz + residual`'s, where no confidence is asked for."""
-    from gradguard import guard as module
+    from gradguard.evaluation import measurement as module
 
     seen = []
     original = module.influence_lower_bound
