@@ -227,8 +227,13 @@ class Guard:
         if self.defense is None:
             reasons = (*complaints, *message.sentences, "the guard has no defense to perturb it with")
             return None, self._verdict("block", reasons, ratio, measures, message)
-        covered = cover(self.defense, message.given, jacobian, uncovered=self.uncovered, generator=generator)
-        measures, ratio = self._judged(message, covered.message, jacobian, verify, generator)
+        covered = cover(
+            self.defense, message.in_gradient_units(), jacobian, uncovered=self.uncovered, generator=generator
+        )
+        sent = message.in_its_own(covered.message)
+        measures, ratio = self._judged(
+            message, message.in_its_own(covered.message, masked=False), jacobian, verify, generator
+        )
         remaining = self.policy.complaints(measures)
         if remaining:
             reasons = (*remaining, f"even after {self._defense_name()}", *message.sentences)
@@ -240,7 +245,7 @@ class Guard:
             *covered_sentences(message, covered),
             *message.caveats,
         )
-        return covered.message, self._verdict("perturb", reasons, ratio, measures, message)
+        return sent, self._verdict("perturb", reasons, ratio, measures, message)
 
     def _judged(
         self,
