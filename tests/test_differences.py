@@ -264,3 +264,25 @@ def test_nothing_of_the_users_changes(guard, convnet, cross_entropy, batch, grad
     assert all(torch.equal(model[n], p) for n, p in convnet.state_dict().items())
     assert all(torch.equal(given[n], g) for n, g in gradient.items())
     assert all(p.grad is None and p.requires_grad for p in convnet.parameters())
+
+
+@pytest.mark.parametrize("kind", ["pruning", "pruning and a factor", "a frozen layer"])
+def test_noise_leaves_a_mask_as_it_is(guard, convnet, cross_entropy, batch, gradient, kind):
+    """On an element that is known to be zero the noise would be seen bare, and all of `J^T d` follows from a part."""
+    message = KNOWN[kind][0](gradient)
+    sent, verdict = guard.protect(convnet, cross_entropy, *batch, message, generator=torch.Generator().manual_seed(0))
+    assert verdict.decision == "perturb"
+    for name, value in message.items():
+        assert torch.equal(sent[name] == 0, value == 0)
+
+
+@pytest.mark.parametrize("kind", ["clipping per tensor", "a sum in the place of a mean"])
+def test_noise_moves_all_tensors_by_one_displacement(guard, convnet, cross_entropy, function, batch, gradient, kind):
+    """`J^T d` of one `d` beneath every factor: two tensors of different `d` would give the input away."""
+    message = KNOWN[kind][0](gradient)
+    sent, _ = guard.protect(convnet, cross_entropy, *batch, message, generator=torch.Generator().manual_seed(0))
+    delta = {n: (sent[n] - message[n]) * (gradient[n].norm() / message[n].norm()) for n in message}
+    flat = torch.cat([d.flatten() for d in delta.values()])
+    jacobian = gg.InputJacobian(function, *batch, per_example=False).dense()[0]
+    left = flat - jacobian.T @ torch.linalg.lstsq(jacobian.T, flat[:, None], driver="gelsd").solution[:, 0]
+    assert left.norm() / flat.norm() < 1e-8

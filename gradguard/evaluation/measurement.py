@@ -6,7 +6,6 @@ One function for `Guard.measure`, `survey` and `benchmark.compare_initialisation
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -143,8 +142,6 @@ def _influence(jacobian: InputJacobian, delta: Mapping[str, Tensor], max_iterati
     # As many problems at a time as fit into the same memory.
     at_once = max(1, DENSE_ELEMENTS // (jacobian.size * jacobian.gradient.num_parameters))
     if at_once < (jacobian.chunk_size or jacobian.num_problems):
-        jacobian = copy(jacobian)
-        jacobian.__dict__.pop("_linearisation", None)  # that of all problems
-        jacobian.chunk_size = at_once
+        jacobian = jacobian.with_chunk_size(at_once)
     answer = influence(jacobian, delta, method="dense")
     return answer.value, answer.converged

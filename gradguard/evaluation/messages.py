@@ -33,15 +33,16 @@ FOREIGN = 0.5
 class Message:
     """A message and what it is of.
 
-    `given`: one tensor per parameter that it holds. `known`: that less the noise that it was declared to hold.
-    `true`: the gradient of the batch that it is of, which measures and attacks are about. `inputs`, `targets`: that
-    batch. `difference`: what `given` differs by from what was declared. `amplification`: of `true` in what was declared
-    (`LocalTraining.amplification`). `noise_declared`: whether what it differs by is taken for noise. `sentences`: for
-    people, on everything that is no plain gradient. `beside`: trainable parameters of the loss, which no message of the
-    model's holds. `dropped`: buffers that it held.
+    `given`: one tensor per parameter that it holds. `expected`: what it was declared to be, without noise. `known`:
+    `given` less the noise that it was declared to hold. `true`: the gradient of the batch that it is of, which measures
+    and attacks are about. `inputs`, `targets`: that batch. `difference`: what `given` differs by from `expected`.
+    `amplification`: of `true` in `expected` (`LocalTraining.amplification`). `noise_declared`: whether what it differs
+    by is taken for noise. `sentences`: for people, on everything that is no plain gradient. `beside`: trainable
+    parameters of the loss, which no message of the model's holds. `dropped`: buffers that it held.
     """
 
     given: Gradient
+    expected: Gradient
     known: Gradient
     true: Gradient
     inputs: Tensor
@@ -52,6 +53,27 @@ class Message:
     sentences: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+
+    def in_gradient_units(self) -> Gradient:
+        """The message without its factors: what a defense must perturb.
+
+        Else noise `J^T d` on tensors of different factors would tell of a different `d` in each, and two of them give
+        the input away.
+        """
+        return {n: g / self.difference.factors.get(n, 1.0) for n, g in self.given.items()}
+
+    def in_its_own(self, protected: Gradient, *, masked: bool = True) -> Gradient:
+        """`protected`, in gradient units, in the message's: with its factors, and zero where the message is masked.
+
+        A mask is known, so noise on a masked element would be seen bare, and the rest of `J^T d` follows from it.
+        `masked=False` leaves the noise there: what is judged, since an attacker who sees more is judged by more.
+        """
+        sent = {}
+        for name, given in self.given.items():
+            sent[name] = protected[name] * self.difference.factors.get(name, 1.0)
+            if masked:
+                sent[name] = sent[name].masked_fill((given == 0) & (self.expected[name] != 0), 0.0)
+        return sent
 
     def seen(self, sent: Gradient, *, fill_unsent: bool = True) -> Gradient:
         """What an attacker who knows all but the noise makes of `sent`, in units of the batch's gradient.
@@ -154,6 +176,7 @@ def read_message(
     difference = compare(expected, given, parameters=loss_gradient.parameters(), unreached=unreached)
     read = Message(
         given=given,
+        expected=expected,
         known=given,
         true=true,
         inputs=inputs,

@@ -323,6 +323,12 @@ class InputJacobian:
 
     # ------------------------------------------------------------------ other operators and views
 
+    def with_chunk_size(self, chunk_size: int | None) -> InputJacobian:
+        """The same operator, computed `chunk_size` problems at a time."""
+        other = self._copy()
+        other.chunk_size = chunk_size
+        return other
+
     def repeated(self, count: int) -> InputJacobian:
         """Each problem `count` times over, `R count` in all: as many vectors for each go through one product."""
         if count == 1:

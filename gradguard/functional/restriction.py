@@ -79,6 +79,10 @@ class SentJacobian:
         for rows, part in self.whole.chunks():
             yield rows, cast(InputJacobian, self) if part is self.whole else self.of(part)
 
+    def with_chunk_size(self, chunk_size: int | None) -> InputJacobian:
+        """The same operator, computed `chunk_size` problems at a time."""
+        return self.of(self.whole.with_chunk_size(chunk_size))
+
     def repeated(self, count: int) -> InputJacobian:
         """Each problem `count` times over, as `InputJacobian.repeated`."""
         return self.of(self.whole.repeated(count))
