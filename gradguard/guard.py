@@ -237,9 +237,7 @@ class Guard:
             reasons = (*complaints, *judged.caveats, *sentences, "the guard has no defense to perturb it with")
             return None, message.named(judged.verdict("block", *reasons))
         source = generator if noise is None else noise
-        covered = cover(
-            self.defense, message.in_gradient_units(), jacobian, uncovered=self.uncovered, generator=source
-        )
+        covered = cover(self.defense, message.in_gradient_units(), jacobian, uncovered=self.uncovered, generator=source)
         sent = message.in_its_own(covered.message)
         judged = judge_of(message.seen(message.in_its_own(covered.message, masked=False), fill_unsent=False))
         if judged.complaints:

@@ -51,24 +51,27 @@ class RGAP(Attack):
     range matches as well. Otherwise `details["unproved"]` says in sentences what is missing. Not guaranteed: that
     targets are of the kind assumed where none are given (class indices, 0 and 1).
 
-    `tolerance`: the attack has converged if no layer's relative residual is above it, and the matching loss not above
-        its square.
-    `damping`: `lambda` in `min |A x - b|^2 + lambda^2 |x|^2` per layer, for rows of norm 1. By default each layer's is
-        what its equations leave over (`rgap_layer.natural_damping`): nothing for an exact gradient, and what keeps a
-        noisy one from blowing up.
-    `max_iterations`: per layer; a layer that is determined seldom needs a thousand.
-
     `details["layers"]` has one row per solved layer, last first: `layer`, `unknowns`, `weight_constraints`,
     `gradient_constraints`, `rank_bound` (what they can at most determine), `residual` (relative, rows scaled),
     `iterations`, `solved` (the iteration ended before its limit), `hidden` (outputs that a ReLU above hides), `outside`
     (the share of the solution that is no value of the activation below, and was moved to the nearest), `damping`,
     `ambiguous` (units of the activation above whose value has two arguments), `crossed` (units moved to the other side
     of its kink, or to its other branch, because the equations then contradict each other less). A layer with a
-    `rank_bound` below its
-    `unknowns` gets the solution of least norm; the layers below it then show large residuals. `details["short"]` names
-    these layers, and the attack has not converged if there is one; `details["note"]` says so in words.
-    `details["twins"]`: how many other pictures have the same gradient, which only the value range tells from the one
-    returned.
+    `rank_bound` below its `unknowns` gets the solution of least norm; the layers below it then show large residuals.
+    `details["short"]` names these layers, and the attack has not converged if there is one; `details["note"]` says so
+    in words. `details["twins"]`: how many other pictures have the same gradient, which only the value range tells from
+    the one returned.
+
+    Args:
+        tolerance: The attack has converged if no layer's relative residual is above it, and the matching loss not above
+            its square. Positive.
+        damping: `lambda` in `min |A x - b|^2 + lambda^2 |x|^2` per layer, for rows of norm 1. By default each layer's
+            is what its equations leave over (`rgap_layer.natural_damping`): nothing for an exact gradient, and what
+            keeps a noisy one from blowing up.
+        max_iterations: Per layer; a layer that is determined seldom needs a thousand.
+
+    Raises:
+        InputError: If a value is outside its range.
     """
 
     tolerance: float = 1e-4
@@ -179,6 +182,9 @@ class RGAP(Attack):
 
         What a higher layer leaves open the layers below contradict, and so does the gradient of what was found; so only
         the lowest is looked at, and all of them where the matching loss is unknown.
+
+        Returns:
+            Their names.
         """
         systems = best.systems if math.isnan(best.loss) else best.systems[-1:]
         with few_threads(problem.chain.layers):
@@ -198,6 +204,9 @@ def _likeliest_first(descents: list[Descent]) -> list[Descent]:
     """By what the first layer that is solved leaves over, where a wrong candidate shows: that saves the others' solves.
 
     None is looked at beyond one that explains it exactly.
+
+    Returns:
+        The descents, likeliest first.
     """
     if len(descents) == 1:
         return descents

@@ -30,23 +30,28 @@ _WORTH = 0.95
 class SPEAR(Attack):
     """Every example of a small batch, exact up to rounding, by linear algebra and sampling: no prior, no optimisation.
 
-    For chains (see `gradguard.chain`) that begin with a linear layer on the inputs and a ReLU. The more units the first
-    layer has, the more examples come back: eight from 200 units and some batches of 16 from 400, in a second, while the
-    network is untrained; two to four once it is trained. The draws that are needed grow exponentially with the batch.
-    Labels are recovered if they are not given, and the examples then ordered by them; if they are given, examples come
-    in their order. Without a gradient of the layer's bias an example's scale is the one at which the model's matches.
-
-    `max_samples`: draws of `b - 1` rows, of which a core does some hundred thousand in a second; it ends earlier
-        once the gradient matches.
-    `tolerance`: of the matching loss, at which the attack has converged if the signs of all `z` agree with the zeros
-        found, too; without that the loss must be below 1e-10. Gradients rounded to float32 leave 1e-14 or so, and a
-        confident model's more, since the client has rounded `p - 1` before.
+    Source: Dimitrov et al. 2024. For chains (see `gradguard.chain`) that begin with a linear layer on the inputs and a
+    ReLU. The more units the first layer has, the more examples come back: eight from 200 units and some batches of 16
+    from 400, in a second, while the network is untrained; two to four once it is trained. The draws that are needed
+    grow exponentially with the batch. Labels are recovered if they are not given, and the examples then ordered by
+    them; if they are given, examples come in their order. Without a gradient of the layer's bias an example's scale is
+    the one at which the model's matches.
 
     `details`: `rank`, found in the gradient (below `B` where examples are copies, or their `k` is lost in rounding);
     `noise`, the first singular value that was taken for rounding, relative to the largest; `samples`; `directions`,
     independent ones found; `sparsity`, the share of zeros of each; `score`, the share of agreement of `K`'s zeros with
     the signs of `z`; `copies`, examples returned as another one's copy; `unproved`, in sentences why what has the sent
     gradient may still be something else, empty if it cannot: then the attack has not converged.
+
+    Args:
+        max_samples: Draws of `b - 1` rows, at least 1, of which a core does some hundred thousand in a second. It ends
+            earlier once the gradient matches.
+        tolerance: Of the matching loss, at which the attack has converged if the signs of all `z` agree with the zeros
+            found, too; without that the loss must be below 1e-10. Gradients rounded to float32 leave 1e-14 or so, and a
+            confident model's more, since the client has rounded `p - 1` before. Positive.
+
+    Raises:
+        InputError: If a value is outside its range.
     """
 
     max_samples: int = 200_000

@@ -95,10 +95,17 @@ def _layers(model: nn.Module) -> Iterator[tuple[list[nn.Parameter], list[nn.Para
 class InitialisationRow:
     """One architecture under one initialisation: a value per seed and example, examples running fastest.
 
-    `model`; `initialisation`; `num_parameters`: `P`. `lambda_max`: the largest eigenvalue of `J J^T` of one example,
-    a batch of its own. `projected`: `|J delta|`. `bound`: the I2F lower bound `|J delta| / lambda_max`, input units:
-    low means that gradient matching may land close to the picture. `exact`: I2F itself, where it was computed.
-    `gradient_norm`: `|g|` of the example. `converged`: the share of eigenvalues that Lanczos has found.
+    Args:
+        model: The architecture's name.
+        initialisation: Its name.
+        num_parameters: `P`.
+        lambda_max: The largest eigenvalue of `J J^T` of one example, a batch of its own.
+        projected: `|J delta|`.
+        bound: The I2F lower bound `|J delta| / lambda_max`, input units: low means that a perfect attacker may land
+            close to the picture.
+        exact: I2F itself, where it was computed.
+        gradient_norm: `|g|` of the example.
+        converged: The share of eigenvalues that Lanczos has found.
     """
 
     model: str
@@ -132,8 +139,18 @@ class InitialisationComparison:
     examples: int
 
     def ranking(self, measure: str = "bound") -> list[InitialisationRow]:
-        """The rows from the riskiest on: by the median of `bound` or `exact`, lowest first, or of `lambda_max`,
-        `projected` or `gradient_norm`, highest first. Rows without the measure are left out."""
+        """The rows from the riskiest on. Rows without the measure are left out.
+
+        Args:
+            measure: "bound" or "exact", lowest median first, or "lambda_max", "projected" or "gradient_norm", highest
+                first.
+
+        Returns:
+            The rows in that order.
+
+        Raises:
+            InputError: If there is no such measure.
+        """
         if measure not in ("bound", "exact", "lambda_max", "projected", "gradient_norm"):
             raise InputError(
                 f'`measure` must be "bound", "exact", "lambda_max", "projected" or "gradient_norm", got {measure!r}.'
@@ -193,15 +210,29 @@ def compare_initialisations(
 ) -> InitialisationComparison:
     """The influence of one and the same noise on gradients of networks that differ in how they were initialised.
 
-    `models`: name -> factory of an architecture; more than one compares architectures. Measured in eval mode.
-    `inputs`: `(B, *input_shape)`; `targets`: `(B, ...)`. Each example is a batch of its own, as in the paper.
-    `initialisations`: names from `INITIALISATIONS`, or name -> `(model, generator) -> None` that sets the weights.
-    `noise_std`: Gaussian noise of this standard deviation on every gradient (default: `sqrt(1e-5)`, the paper's).
-    `noise_ratio`: instead, noise of this length relative to each example's gradient; weights that make gradients
-        large then gain nothing by it. All examples of a seed see the same draw, up to its length.
-    `seeds`: one draw of weights and of noise each. `exact`: also solve for I2F; by default where `J` is small enough
-        to be formed. `dtype`: what it computes in. `chunk_size`: examples at a time, a bound on memory.
-    `value_range`: of valid inputs, `None` for any; others are refused: errors are read as shares of it.
+    Networks are measured in eval mode. Each example is a batch of its own, as in the paper. All examples of a seed see
+    the same draw of noise, up to its length.
+
+    Args:
+        models: Name -> factory of an architecture; more than one compares architectures.
+        loss_fn: The loss.
+        inputs: Shape `(B, *input_shape)`.
+        targets: Shape `(B, ...)`.
+        initialisations: Names from `INITIALISATIONS`, or name -> `(model, generator) -> None` that sets the weights.
+        noise_std: Gaussian noise of this standard deviation on every gradient. Default: `sqrt(1e-5)`, the paper's.
+        noise_ratio: Instead, noise of this length relative to each example's gradient; weights that make gradients
+            large then gain nothing by it.
+        seeds: One draw of weights and of noise each.
+        exact: Also solve for I2F. Default: where `J` is small enough to be formed.
+        dtype: What it computes in.
+        chunk_size: Examples at a time, a bound on memory.
+        value_range: Of valid inputs, `None` for any. Others are refused: errors are read as shares of it.
+
+    Returns:
+        A row per architecture and initialisation.
+
+    Raises:
+        InputError: If there is nothing to compare, an initialisation is not known, or both kinds of noise are given.
     """
     check_value_range(value_range)
     check_in_range(inputs, value_range)

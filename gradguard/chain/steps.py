@@ -23,10 +23,23 @@ from gradguard.chain.rewiring import Padding, Rewire
 class Affine:
     """A linear or convolutional layer: bilinear in its weight and its input, so each follows from the other two.
 
-    `name`: the module's path; `kind`: "Linear" or "Conv2d"; `weight`, `bias`: names of its parameters (`bias` may be
-    `None`). `kernel`, `stride`, `dilation`, `padding`: (height, width); `extra_padding`: zeros at the bottom and right
-    beyond `padding` (an even kernel with "same"). Padding is known to be zero and is no unknown. `before`: padding of
-    any kind (reflected, a constant) by what comes before the layer, whose copies and constants are no unknowns either.
+    `T` weights per filter, `L` positions, `G` groups of `F` filters.
+
+    Args:
+        name: The module's path.
+        kind: "Linear" or "Conv2d".
+        weight: The name of its weight.
+        bias: The name of its bias, or `None`.
+        input_shape: Of one example.
+        output_shape: Of one example.
+        groups: `G`.
+        kernel: (height, width), like the following ones.
+        stride: Between positions.
+        dilation: Between taps.
+        padding: Zeros on each side; they are known and no unknowns.
+        extra_padding: Zeros at the bottom and right beyond `padding` (an even kernel with "same").
+        before: Padding of any kind (reflected, a constant) by what comes before the layer. Its copies and constants are
+            no unknowns either.
     """
 
     name: str
@@ -86,10 +99,15 @@ class Affine:
         return channels * min(self.unknowns // channels, self.filters // self.groups * math.prod(self.kernel))
 
     def rank_bound(self, *, gradients: bool = True, known: Tensor | None = None) -> int:
-        """How many unknowns the constraints can at most determine. `gradients`: whether the weight's is sent.
+        """How many unknowns the constraints can at most determine.
 
-        `known`: the outputs that are, bool, `output_shape`; `k` is zero at the others. Then a filter without a known
-        output has no constraint, and of the overlap only each filter's equation with itself is sure to remain.
+        Args:
+            gradients: Whether the weight's gradient is sent.
+            known: The outputs that are, bool, `output_shape`; `k` is zero at the others. Then a filter without a known
+                output has no constraint, and of the overlap only each filter's equation with itself is sure to remain.
+
+        Returns:
+            At most `unknowns`.
         """
         if known is None:
             return min(self.unknowns, self.outputs + (self.num_weights - self.overlap if gradients else 0))
@@ -162,9 +180,12 @@ class Affine:
         return self.unpatches(self.matrix(parameters[self.weight]).mT @ self.rows(k))
 
     def pixels(self) -> Tensor:
-        """Which pixel of a channel each tap of the kernel meets at each position: int64 `(taps, L)`, -1 for padding.
+        """Which pixel of a channel each tap of the kernel meets at each position.
 
         A linear layer has one pixel and one tap per input channel (feature).
+
+        Returns:
+            Shape `(taps, L)`, int64; -1 for padding.
         """
         if self.kind == "Linear":
             return torch.zeros(1, 1, dtype=torch.int64)
@@ -211,8 +232,17 @@ class Tail:
 class ChannelScale:
     """Batch normalisation in eval mode: `scale x + shift`, the same for all elements of a channel.
 
-    `mean`, `variance`, `weight`, `bias`: names among the parameters and buffers (`weight` and `bias` may be `None`).
     The gradients of its weight and bias would say more about the input; the recursion does without them.
+
+    Args:
+        name: The module's path.
+        kind: The module's type.
+        mean: A name among the parameters and buffers, like the following ones.
+        variance: Of the running variance.
+        weight: `None` if there is none.
+        bias: `None` if there is none.
+        eps: Added to the variance.
+        input_shape: Of one example.
     """
 
     name: str
@@ -256,7 +286,13 @@ class ChannelScale:
 class MeanPool:
     """Average pooling: `y = P x`, the same for each channel. It has no weight, so no gradient constraint either.
 
-    `function`: of a batch. `disjoint`: whether no two windows are known to meet (the rows of `P` are then independent).
+    Args:
+        name: The module's path.
+        kind: The module's type.
+        function: The pooling of a batch.
+        input_shape: Of one example.
+        output_shape: Of one example.
+        disjoint: Whether no two windows are known to meet (the rows of `P` are then independent).
     """
 
     name: str

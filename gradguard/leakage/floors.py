@@ -36,20 +36,31 @@ class Prior(Protocol):
     """What inputs look like: a covariance `C` of one example, known by its products."""
 
     def sqrt(self, x: Tensor) -> Tensor:
-        """`C^{1/2} x`, symmetric, for `x` of shape `(N, *input_shape)`."""
+        """`C^{1/2} x`, symmetric.
+
+        Args:
+            x: Shape `(N, *input_shape)`.
+
+        Returns:
+            The shape of `x`.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Floor:
-    """`R` floors: one per example, or one for the joint operator.
+    """`R` floors under the error of an attacker: one per example, or one for the joint operator.
 
-    `mse`: `(R,)`, mean squared error per input element, squared input units. `standard_error`: `(R,)`, of `mse`, from
-    the random probes (a fair one from 16 of them on); 0 where none were needed. `prior_mse`: `(R,)`, `tr(C) / D`, the
-    error without any gradient, or `None` (Cramer-Rao). `undetermined`: `(R,)`, how many directions of the input the
-    gradient does not show at all, or `None` (Bayes, or not looked at). The Cramer-Rao floor does not count them: it is
-    that of an attacker who is told them, and no unbiased attacker exists who is not. `method`: "dense" (from `J`),
-    "gram" (from `J J^T`) or "lanczos" (neither is formed). `iterations`: Lanczos steps. `converged`: `(R,)`; where
-    false, more steps would change `mse`.
+    Args:
+        mse: Mean squared error per input element, shape `(R,)`, squared input units.
+        standard_error: Of `mse`, shape `(R,)`, from the random probes (a fair one from 16 of them on); 0 where none
+            were needed.
+        prior_mse: `tr(C) / D`, shape `(R,)`, the error without any gradient; `None` for the Cramer-Rao floor.
+        undetermined: Shape `(R,)`: how many directions of the input the gradient does not show at all; `None` for the
+            Bayes floor, or where it was not looked at. The Cramer-Rao floor does not count them: it is that of an
+            attacker who is told them, and no unbiased attacker exists who is not.
+        method: "dense" (from `J`), "gram" (from `J J^T`) or "lanczos" (neither is formed).
+        iterations: Lanczos steps.
+        converged: Shape `(R,)`; where false, more steps would change `mse`.
     """
 
     mse: Tensor
@@ -85,18 +96,29 @@ def cramer_rao_floor(
 ) -> Floor:
     """The least mean squared error of an unbiased attacker: `tr((J N^{-1} J^T)^{-1}) / D` (Hannun et al. 2021).
 
-    Give one of `variance`, of the noise on the (batch's) gradient: a number, or a dictionary with a number or a tensor
-    in the parameter's shape for each parameter (`inf`, or no entry: not sent); and `covariance`: `u -> K u`, shape of
-    the inputs, for noise `J^T d`, `d ~ N(0, K)`: `tr(K) / D`. `rounds`: gradients of the same example under fresh
-    noise, which divide the noise by as many.
+    Give one of `variance` and `covariance`. There is no damping: an attacker who damps is biased. What that attacker is
+    bound by is `bayes_floor`.
 
-    `method`: "dense" takes the singular values of `J`, "gram" the eigenvalues of `J J^T` (`n` products; those below its
-    rounding count as undetermined), "lanczos" neither: stochastic quadrature with `probes` random vectors, at most
-    `steps` Lanczos steps, fewer once `tolerance` is met. Then `undetermined` is an estimate, and quadrature lies below
-    the true value (up to the probes' noise), so that a floor that has not converged is too low, never too high.
-    "auto" chooses by size. "dense" and "gram" compute in float64.
+    Args:
+        jacobian: `R` problems.
+        variance: Of the noise on the (batch's) gradient: a number, or a dictionary with a number or a tensor in the
+            parameter's shape for each parameter (`inf`, or no entry: not sent).
+        covariance: `u -> K u`, shape of the inputs, for noise `J^T d`, `d ~ N(0, K)`: the floor is `tr(K) / D`.
+        rounds: Gradients of the same example under fresh noise, which divide the noise by as many.
+        method: "dense" takes the singular values of `J`, "gram" the eigenvalues of `J J^T` (`n` products; those below
+            its rounding count as undetermined), both in float64. "lanczos" forms neither: stochastic quadrature. Then
+            `undetermined` is an estimate, and quadrature lies below the true value (up to the probes' noise), so that a
+            floor that has not converged is too low, never too high. "auto" chooses by size.
+        probes: Of "lanczos": random vectors, at least 2.
+        steps: Of "lanczos": Lanczos steps at most.
+        tolerance: Of "lanczos": fewer steps once the floor changes by less than this share.
+        generator: Draws the probes.
 
-    There is no damping: an attacker who damps is biased. What that attacker is bound by is `bayes_floor`.
+    Returns:
+        The floors.
+
+    Raises:
+        InputError: If the noise is not given once, or an option is outside its range.
     """
     _check_options(rounds, method, probes, steps)
     precision = _precision(jacobian, variance)
@@ -181,22 +203,35 @@ def bayes_floor(
     """The least mean squared error of any attacker who knows `prior` and the defense: `tr(C - C (C + K)^{-1} C) / D`.
 
     It is exact for the linear-Gaussian model, and reached there by the posterior mean. The prior is taken per example,
-    examples independent.
+    examples independent. Give the noise once, as one of `variance`, `covariance` and `whitened`.
 
-    Give the noise once, as one of
-    `variance`: of noise on the gradient, as in `cramer_rao_floor`: `K = (J N^{-1} J^T)^{-1}`, which is never inverted;
-    `whitened`: `k`, elementwise on eigenvalues `w >= 0` of `W = C^{1/2} J J^T C^{1/2}`, for noise `J^T d` with `d` of
-        covariance `K = C^{1/2} k(W) C^{1/2}` (for `d ~ N(0, s C)`, `k` is the constant `s`);
-    `covariance`: `u -> K u`, shape of the inputs, for noise `J^T d` with any covariance `K` of `d`.
-    `rounds`: gradients of the same example under fresh noise, which divide `K` by as many.
+    "lanczos": with `M = C^{1/2} f(W) C^{1/2}`, `f(w) = 1 / (1 + w)` for `variance` (`W` with `N^{-1}` in its middle)
+    and `k / (1 + k)` for `whitened`, `tr M` comes from `probes` Krylov spaces of `W` of at most `steps` steps, fewer
+    once `tolerance` is met. A quarter of the probes go to the prior's leading directions, which are then exact; `C`,
+    whose trace is known, is the control variate for the rest. Quadrature that has not converged lies below the floor
+    for `variance` and above it for `covariance`.
 
-    `method`: "dense" takes the singular values of `J`, "gram" the eigenvalues of `J J^T` (`n` products), "lanczos"
-    neither: with `M = C^{1/2} f(W) C^{1/2}`, `f(w) = 1 / (1 + w)` for `variance` (`W` with `N^{-1}` in its middle) and
-    `k / (1 + k)` for `whitened`, `tr M` comes from `probes` Krylov spaces of `W` of at most `steps` steps, fewer once
-    `tolerance` is met. A quarter of the probes go to the prior's leading directions, which are then exact; `C`,
-    whose trace is known, is the control variate for the rest. "auto" forms `J` where it is small, and never `J J^T`.
-    "dense" and "gram" compute in float64. Quadrature that has not converged lies below the floor for `variance` and
-    above it for `covariance`.
+    Args:
+        jacobian: `R` problems.
+        prior: What inputs look like.
+        variance: Of noise on the gradient, as in `cramer_rao_floor`: `K = (J N^{-1} J^T)^{-1}`, which is never
+            inverted.
+        covariance: `u -> K u`, shape of the inputs, for noise `J^T d` with any covariance `K` of `d`.
+        whitened: `k`, elementwise on eigenvalues `w >= 0` of `W = C^{1/2} J J^T C^{1/2}`, for noise `J^T d` with `d` of
+            covariance `K = C^{1/2} k(W) C^{1/2}` (for `d ~ N(0, s C)`, `k` is the constant `s`).
+        rounds: Gradients of the same example under fresh noise, which divide `K` by as many.
+        method: "dense" takes the singular values of `J`, "gram" the eigenvalues of `J J^T` (`n` products), both in
+            float64; "lanczos" forms neither. "auto" forms `J` where it is small, and never `J J^T`.
+        probes: Of "lanczos": random vectors, at least 2.
+        steps: Of "lanczos": Lanczos steps at most.
+        tolerance: Of "lanczos": fewer steps once the floor changes by less than this share.
+        generator: Draws the probes.
+
+    Returns:
+        The floors, with the prior's own error beside them.
+
+    Raises:
+        InputError: If the noise is not given once, an option is outside its range, or a covariance is none.
     """
     _check_options(rounds, method, probes, steps)
     precision = _precision(jacobian, variance)
@@ -286,6 +321,9 @@ def _bayes_by_probes(
     `Q` spans about the prior's leading directions, as Hutch++ (Meyer et al. 2021) splits a trace, but the prior is
     known, so that they cost nothing to find. The last term is estimated from random signs; its variance is
     `2 |M_2 - b C_2|^2`, least at `b = <M_2, C_2> / |C_2|^2`, which the same probes give.
+
+    Returns:
+        The floor.
     """
     n, rows = jacobian.size, jacobian.num_problems
     root = _root(prior, jacobian)

@@ -37,9 +37,12 @@ Result = TypeVar("Result", "Influence", "InfluenceBound")
 class Influence:
     """`R` predictions: one per example, or one for the joint operator.
 
-    `value`: `(R,)`, `I(delta) = |displacement|`, in input units (Euclidean norm over the problem's inputs);
-    `displacement`: shape of the inputs, how the reconstruction moves: `x_hat ~ x + displacement`;
-    `residual`: `(R,)`, the solver's own (see `influence`); `iterations`; `converged`: `(R,)`.
+    Args:
+        value: `I(delta) = |displacement|`, shape `(R,)`, in input units (Euclidean norm over the problem's inputs).
+        displacement: How the reconstruction moves, `x_hat ~ x + displacement`; shape of the inputs.
+        residual: The solver's own, shape `(R,)`; see `influence`.
+        iterations: Of the solver.
+        converged: Shape `(R,)`.
     """
 
     value: Tensor
@@ -51,13 +54,17 @@ class Influence:
 
 @dataclass(frozen=True)
 class InfluenceBound:
-    """`R` lower bounds.
+    """`R` lower bounds of the influence.
 
-    `value`: `(R,)`, `|J delta| / (lambda_max + residual)`, at most `I(delta)`; `lambda_max`: `(R,)`, the Ritz value,
-    which is at most the true one; `residual`: `(R,)`, by how much the true one can exceed it, to the confidence asked
-    for (with `method="trace"` `lambda_max` is such a bound from above itself, and `residual` 0);
-    `iterations`; `converged`: `(R,)`; `vectors`: `(R, n)`, to start the next call from; `projected`: `(R,)`,
-    `|J delta|`.
+    Args:
+        value: `|J delta| / (lambda_max + residual)`, shape `(R,)`, input units; at most `I(delta)`.
+        lambda_max: The Ritz value, shape `(R,)`; at most the true one.
+        residual: By how much the true one can exceed it, to the confidence asked for, shape `(R,)`. With
+            `method="trace"` `lambda_max` is such a bound from above itself, and `residual` 0.
+        iterations: Lanczos steps.
+        converged: Shape `(R,)`.
+        vectors: Shape `(R, n)`, to start the next call from.
+        projected: `|J delta|`, shape `(R,)`.
     """
 
     value: Tensor
@@ -84,16 +91,25 @@ def influence(
     the solution of least norm is taken: what the gradient does not determine is not counted. Computed in float64
     wherever the device has it: small eigenvalues of `J J^T`, which influence is made of, are lost in float32.
 
-    `delta`: the perturbation of the (batch's) gradient, one tensor per parameter; per example it may also be
-    `(B, *parameter_shape)`. Parameters that it does not name were not sent: the attacker knows nothing of their
-    gradient, and `J` is that of the others (`functional.restriction`). `damping`: the paper's `eps`, added to
-    `J J^T`; its published tables use 1.
-    `method`: "dense" forms `J` (small inputs) and is right at any condition number; "lanczos" solves in input space and
-    never holds a parameter-sized vector per example, at condition numbers of `J` up to 1e6 or so; "lsmr" does with a
-    worse one, and holds such vectors; "auto" is dense where `J` is small, else Lanczos. `tolerance`, `max_iterations`:
-    of the solver; `residual` is relative to `|J delta|` (Lanczos), or as in `linalg.LeastSquares`. Running out of
-    iterations is reported in `converged`, never raised; a Lanczos solution that is cut short is too short, so its value
-    is a lower bound.
+    Args:
+        jacobian: `R` problems.
+        delta: The perturbation of the (batch's) gradient, one tensor per parameter; per example it may also be
+            `(B, *parameter_shape)`. Parameters that it does not name were not sent: the attacker knows nothing of their
+            gradient, and `J` is that of the others (`functional.restriction`).
+        damping: The paper's `eps`, added to `J J^T`; not negative. Its published tables use 1.
+        tolerance: Of the solver, on `residual`.
+        max_iterations: Of the solver.
+        method: "dense" forms `J` (small inputs) and is right at any condition number. "lanczos" solves in input space
+            and never holds a parameter-sized vector per example, at condition numbers of `J` up to 1e6 or so. "lsmr"
+            does with a worse one, and holds such vectors. "auto" is dense where `J` is small, else Lanczos.
+
+    Returns:
+        The predictions. `residual` is relative to `|J delta|` (Lanczos), or as in `linalg.LeastSquares`. Running out of
+        iterations is reported in `converged`, never raised; a Lanczos solution that is cut short is too short, so its
+        value is a lower bound.
+
+    Raises:
+        InputError: If an option is not one of its values, or `delta` does not fit the model.
     """
     if damping < 0:
         raise InputError(f"`damping` must not be negative, got {damping}.")
@@ -144,13 +160,28 @@ def influence_lower_bound(
 ) -> InfluenceBound:
     """`I_lb(delta) = |J delta| / lambda_max(J J^T)` (Zhang et al. 2023, Eq. 5), for each problem of `jacobian`.
 
-    `method`: "lanczos" finds `lambda_max` in input space. A Ritz value lies below it, and its residual only says that
-    some eigenvalue is near; so the bound divides by what `lambda_max` is below with probability `confidence`
-    (`linalg.largest_eigenvalue`), and steps until that is within a share `tolerance` of the Ritz value. With
-    `confidence=None` it is `ritz + residual`: fewer steps, nearly none from a good `start`, and no such promise.
-    "trace" divides by a bound from 8 random vectors alone (`linalg.largest_eigenvalue_bound`), sure to 0.999 and lower.
-    `start`: `(R, n)`, the `vectors` of an earlier bound (a
-    training loop's last step) save iterations. `delta`: as in `influence`.
+    "lanczos" finds `lambda_max` in input space. A Ritz value lies below it, and its residual only says that some
+    eigenvalue is near; so the bound divides by what `lambda_max` is below with probability `confidence`
+    (`linalg.largest_eigenvalue`), and steps until that is within a share `tolerance` of the Ritz value.
+
+    Args:
+        jacobian: `R` problems.
+        delta: As in `influence`.
+        tolerance: See above.
+        max_iterations: Lanczos steps.
+        start: Shape `(R, n)`, the `vectors` of an earlier bound (a training loop's last step); saves iterations.
+        random: Shape `(R, n)`, as in `linalg.largest_eigenvalue`.
+        confidence: Probability with which the bound holds. `None`: divide by `ritz + residual`: fewer steps, nearly
+            none from a good `start`, and no such promise.
+        method: "lanczos", or "trace", which divides by a bound from 8 random vectors alone
+            (`linalg.largest_eigenvalue_bound`), sure to 0.999 and lower.
+        generator: Draws the random vectors.
+
+    Returns:
+        The bounds.
+
+    Raises:
+        InputError: If there is no such method, or `delta` does not fit the model.
     """
     if method not in ("lanczos", "trace"):
         raise InputError(f'`method` must be "lanczos" or "trace", got {method!r}.')
@@ -207,7 +238,11 @@ def _by_chunk(measure: Callable[[InputJacobian, Gradient], Result], jacobian: In
 def _of_what_was_sent(jacobian: InputJacobian, delta: Mapping[str, Tensor]) -> tuple[InputJacobian, Gradient]:
     """`J` restricted to the parameters that `delta` names, and `delta` in their order.
 
-    Raises `InputError` for a `delta` without a name, with one of no parameter, or with the wrong number of rows.
+    Returns:
+        Both.
+
+    Raises:
+        InputError: For a `delta` without a name, with one of no parameter, or with the wrong number of rows.
     """
     if not isinstance(delta, Mapping):
         raise InputError(f"`delta` is a dictionary keyed as `named_parameters()`, got {type(delta).__name__}.")

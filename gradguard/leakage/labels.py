@@ -61,9 +61,17 @@ def label_recovery(recovered: Tensor, true: Tensor) -> LabelRecovery:
 
 
 def count_labels(labels: Tensor, num_classes: int) -> Tensor:
-    """How often each class stands in `labels` `(B,)`, integers of any width: `(C,)` int64, on the labels' device.
+    """How often each class occurs in a batch.
 
-    Raises `InputError` for labels that are no class indices `0 .. num_classes - 1`.
+    Args:
+        labels: Class indices, shape `(B,)`, integers of any width.
+        num_classes: Number of classes `C`, at least 1.
+
+    Returns:
+        Shape `(C,)`, int64, on the labels' device.
+
+    Raises:
+        InputError: If a label is not a class index `0 .. num_classes - 1`.
     """
     labels = class_indices(labels, "labels")
     if labels.ndim != 1:

@@ -25,14 +25,13 @@ Case = Literal["without", "with"]  # the gradient as it is, and as the defense s
 class Verdict:
     """What to do with a gradient, and why.
 
-    `decision`: "send" it as it is, "perturb" it (send the perturbed one), "block" it (send neither), or "unproven":
-    the policy's numbers are met, but what they rest on proves nothing (attacks that fail without a defense too,
-    predictions that did not converge), so send neither.
-    `reasons`: sentences for people, at least one.
-    `noise_ratio`: `|sent - true| / |true|` of the gradient that the decision is about.
-    `measures`: the numbers the decision rests on, by name.
-    `looks_like`: what the message is, compared with the batch's gradient: "gradient", "factor", "factors" (one per
-        tensor), "rounding", "weight decay", "update" or "unexplained"; `explanation`: the same in sentences.
+    Args:
+        decision: "send" it as it is, "perturb" it (send the perturbed one), "block" it (send neither), or "unproven":
+            the policy's numbers are met, but what they rest on proves nothing (attacks that fail without a defense too,
+            predictions that did not converge), so send neither.
+        reasons: Sentences for people, at least one.
+        noise_ratio: `|sent - true| / |true|` of the gradient that the decision is about.
+        measures: The numbers the decision rests on, by name.
     """
 
     decision: Decision
@@ -47,28 +46,37 @@ class Verdict:
 class LeakageReport:
     """Everything an audit of one batch found. Lists run over the batch's examples.
 
-    What was measured:
-    `model`, `defense`: their names; `input_shape`, `labels`, `class_names`;
-    `attacked`: indices (into the batch) of the examples that were attacked, in the order of the attacks' lists;
-    `gradient_norm`: `|g|`; `noise_ratio`: `|delta| / |g|` of the defense (0 without one).
+    What leaks is given in closed form (I2F, Zhang et al. 2023), per example, for an attacker who knows all the others,
+    and as attacks found it.
 
-    What leaks, in closed form (I2F, Zhang et al. 2023); per example, the attacker knowing all the others:
-    `predicted_error`: `|x_hat - x|` of an attacker who matches the defended gradient, in input units (Euclidean norm
-    over the example); one who also knows what pictures look like can come closer. `lower_bound`: its cheap lower
-    bound; `lambda_max`: of `J J^T`;
-    `predicted_converged`: whether the solver did; `spectrum`: eigenvalues of `J J^T`, largest first, a list per
-    example (all for small inputs, the leading ones otherwise).
-
-    What attacks get: `attacks[name]["without" | "with"]`; a name is the attack's own, with its settings where two
-    have one name. `label_attacks[name]["without" | "with"]`: every attack on the labels; `label_recovery["without" |
-    "with"]`: the best of them.
-    `guess_psnr`: dB per attacked example, what the best guess that looks at no gradient gets (the mean of the batch's
-    others, or mid-range); `prior_psnr`: its mean. No attack below it has learnt anything.
-
-    `verdict`: what the policy says. `environment`: versions, device, dtype, date.
-    `extra`: further sections of the main job (`accuracy`, `influence_check`) and the threat model's fields (`threat`),
-    plain data.
-    `originals`: `(attacked, *input_shape)`, private like the attacks' pictures.
+    Args:
+        model: The model's name.
+        defense: The defense's name; `None` without one.
+        input_shape: Of one example.
+        labels: One per example.
+        class_names: One per class.
+        attacked: Indices into the batch of the examples that were attacked, in the order of the attacks' lists.
+        gradient_norm: `|g|`.
+        noise_ratio: `|delta| / |g|` of the defense (0 without one).
+        predicted_error: `|x_hat - x|` of an attacker who matches the defended gradient, in input units (Euclidean norm
+            over the example). One who also knows what pictures look like can come closer.
+        predicted_converged: Whether the solver of `predicted_error` did.
+        lower_bound: A cheap lower bound of `predicted_error`.
+        lambda_max: The largest eigenvalue of `J J^T`.
+        spectrum: Eigenvalues of `J J^T`, largest first, a list per example (all for small inputs, the leading ones
+            otherwise).
+        attacks: What attacks get: `attacks[name]["without" | "with"]` the defense. A name is the attack's own, with its
+            settings where two have one name.
+        label_recovery: `label_recovery["without" | "with"]`: the best of `label_attacks`.
+        label_attacks: `label_attacks[name]["without" | "with"]`: every attack on the labels.
+        prior_psnr: The mean of `guess_psnr`, dB.
+        guess_psnr: dB per attacked example, what the best guess that looks at no gradient gets (the mean of the batch's
+            others, or mid-range). No attack below it has learnt anything.
+        verdict: What the policy says.
+        environment: Versions, device, dtype, date.
+        extra: Further sections of the main job (`accuracy`, `influence_check`) and the threat model's fields
+            (`threat`), plain data.
+        originals: Shape `(attacked, *input_shape)`; private like the attacks' pictures.
     """
 
     model: str
@@ -101,10 +109,13 @@ class LeakageReport:
         return self.class_names[label] if 0 <= label < len(self.class_names) else str(label)
 
     def worst_example(self) -> int | None:
-        """Index into the batch of the example that leaks most: highest PSNR of any attack on the defended gradient
-        (on the bare one without a defense), or, where nothing was attacked, the lowest predicted error.
+        """The example that leaks most.
 
         It points at an example and judges nothing: examples whose number is missing are passed over.
+
+        Returns:
+            Its index into the batch: the highest PSNR of any attack on the defended gradient (on the bare one without a
+            defense), or, where nothing was attacked, the lowest predicted error. `None` if neither is known.
         """
         scores = [cases.get("with", cases.get("without", AttackScore())) for cases in self.attacks.values()]
         best = zip(self.attacked, best_per_example(scores, len(self.attacked)), strict=True)

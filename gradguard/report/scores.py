@@ -33,11 +33,15 @@ def lowest(values: Iterable[float]) -> float | None:
 class AttackScore:
     """How close one attack came to the truth, per example attacked.
 
-    `psnr`: dB in the value range; `ssim`: in [-1, 1], NaN for inputs that are no pictures; `mse`: input units squared;
-    each a list over examples. `matching_loss`: the attack's own relative squared gradient distance, mean over
-    observations. `converged`: share of observations on which the attack converged by its own criterion.
-    `seconds`: wall clock over all. `failure`: why the attack could not run; the lists are then empty.
-    `pictures`: `(examples, *input_shape)`: private, written nowhere unless asked for.
+    Args:
+        psnr: One per example, dB in the value range.
+        ssim: One per example, in [-1, 1]; NaN for inputs that are no pictures.
+        mse: One per example, input units squared.
+        matching_loss: The attack's own relative squared gradient distance, mean over observations.
+        converged: Share of observations on which the attack converged by its own criterion.
+        seconds: Wall clock over all observations.
+        failure: Why the attack could not run; the lists are then empty.
+        pictures: The reconstructions, shape `(examples, *input_shape)`. Private: written nowhere unless asked for.
     """
 
     psnr: list[float] = field(default_factory=list)
@@ -62,10 +66,14 @@ class AttackScore:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelScore:
-    """How much of the labels was recovered.
+    """How much of the labels was recovered. Shares are in [0, 1]; see `leakage.LabelRecovery`.
 
-    `le_acc`: classes whose presence was told rightly, `ln_acc`: classes whose count was told rightly, both over all
-    `C` classes; `i_rec`: `sum_c min(n_hat_c, n_c) / B`; all in [0, 1]. `recovered`, `true`: counts per class.
+    Args:
+        le_acc: Share of the `C` classes whose presence was recovered rightly.
+        ln_acc: Share of the `C` classes whose count was recovered rightly.
+        i_rec: `sum_c min(n_hat_c, n_c) / B`.
+        recovered: Counts per class, as recovered.
+        true: Counts per class.
     """
 
     le_acc: float
@@ -81,9 +89,15 @@ def best_psnr(scores: Iterable[AttackScore]) -> float | None:
 
 
 def best_ssim(scores: Iterable[AttackScore]) -> float | None:
-    """The highest SSIM of any attack on any example; `None` without reconstructions, or of inputs that are no pictures.
+    """The highest SSIM of any attack on any example.
 
     Inputs that are no pictures have a NaN at every example, which says nothing; a NaN beside numbers is one missing.
+
+    Args:
+        scores: Of the attacks.
+
+    Returns:
+        In [-1, 1]; `None` without reconstructions, or of inputs that are no pictures.
     """
     return highest(value for value in (score.best_ssim for score in scores) if value is not None)
 
