@@ -22,6 +22,7 @@ from gradguard.functional.as_gradient import Missing, as_gradient
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.local_training import LocalTraining
 from gradguard.functional.loss_gradient import LossFunction, LossGradient, TrainMode
+from gradguard.functional.precision import full_precision
 from gradguard.functional.structures import targets_of
 from gradguard.functional.vectors import Gradient, add, norm
 from gradguard.leakage import spectrum
@@ -86,6 +87,7 @@ class Guard:
 
     # ------------------------------------------------------------------ the ways in
 
+    @full_precision()
     def audit(
         self,
         model: nn.Module,
@@ -165,6 +167,7 @@ class Guard:
         )
         return replace(report, verdict=self.judge_report(report, defended=sent is not None))
 
+    @full_precision()
     def protect(
         self,
         model: nn.Module,

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 
 from gradguard.errors import InputError, UnsupportedModelError
+from gradguard.functional.precision import full_precision
 from gradguard.threats.observation import Observation, Reconstruction
 
 #: What models and losses raise on what they were not written for.
@@ -30,6 +31,8 @@ class Attack(ABC):
     recovers_inputs: ClassVar[bool] = True
     #: Whether it can attack what a client sends after several local steps.
     takes_local_training: ClassVar[bool] = False
+    #: Whether it can attack one input of several, and examples of a batch that couples them (`LossGradient.bind`).
+    takes_structures: ClassVar[bool] = False
     #: Whether it can do without the gradient of some parameters (`Observation.not_sent`).
     takes_missing_gradients: ClassVar[bool] = False
     #: Whether it finds an unknown factor on the sent gradient (`Observation(scale=None)`).
@@ -57,7 +60,7 @@ class Attack(ABC):
         check_generator(generator)
         self.check_all(observation)
         start = time.perf_counter()
-        with failures_of(self, observation):
+        with full_precision(), failures_of(self, observation):
             result = self.run(observation.at_unit_scale(), generator)
             return self.finished(observation, result, time.perf_counter() - start)
 
@@ -94,7 +97,13 @@ class Attack(ABC):
                 f"{self.name} needs the factor of the sent gradient, and `scale=None` says that it is unknown. Give "
                 "the factor, or use a gradient-matching attack, which solves for it."
             )
-        with failures_of(self, observation):
+        function = observation.loss_gradient
+        if (function.is_bound or function.has_company) and not self.takes_structures:
+            raise InputError(
+                f"{self.name} attacks examples that are one tensor each and that the model and the loss keep apart. Use "
+                "a gradient-matching attack, which takes other inputs and other examples as known."
+            )
+        with full_precision(), failures_of(self, observation):
             observation.check()
             self.check(observation.at_unit_scale())
 

@@ -148,6 +148,9 @@ def rewired(
     """What `function` of a batch does, as a `Rewire`; else, why it is none, for an error message.
 
     `function`: in float64. It is called some times on random batches of two.
+
+    Returns:
+        The rewiring, or the reason why there is none.
     """
     generator = torch.Generator().manual_seed(0)
     n = math.prod(input_shape)

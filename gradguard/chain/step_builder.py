@@ -102,6 +102,9 @@ class StepBuilder:
         """A step that only scales, shifts and moves values, if that is what `function` of a batch does.
 
         `why`: what is said of it otherwise.
+
+        Returns:
+            The step.
         """
         trained = bool(self.trained & set(node.all_input_nodes))
         if isinstance(function, nn.Module):

@@ -16,11 +16,11 @@ LossFunction = Callable[[Any, Any], Tensor]
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_batch_shape(inputs: Any, targets: Any) -> None:
+def check_batch_shape(inputs: Any, targets: Any, *, structured: bool = False) -> None:
     """Raises `InputError` for what no model could take: no tensor, no example, unequal lengths, integer inputs."""
     if not isinstance(inputs, Tensor):
         raise InputError(f"`inputs` must be a tensor, got {type(inputs).__name__}.")
-    if inputs.ndim < 2 or inputs.numel() == 0:
+    if inputs.ndim < (1 if structured else 2) or inputs.numel() == 0:
         raise InputError(
             f"`inputs` must have shape (B, *input_shape) with B >= 1, got {tuple(inputs.shape)}: an empty batch."
         )

@@ -179,7 +179,11 @@ class _Probe:
         u = self.u[:, None] if apart else self.u[None]
         rows = {n: d[None] for n, d in self.delta.items()}
         gradients = {n: g.sum(0) for n, g in way.gradients().items()} if not apart else {}
-        return gradients, way.rmatvec(u), way.matvec(rows)
+        image = way.matvec(rows)
+        if not apart:
+            # Matching attacks go by the transpose: it must be the same.
+            image = torch.stack([image, way.matvec_with_targets(rows)[0]])
+        return gradients, way.rmatvec(u), image
 
     def _agrees(self, make: Callable[[], Way]) -> bool:
         return self._same(make, self.reference, apart=False)

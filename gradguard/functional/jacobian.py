@@ -9,16 +9,16 @@ section 3.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from gradguard.errors import InputError
+from gradguard.errors import InputError, UnsupportedModelError
 from gradguard.functional.choice import WayName, name_of, way_of
 from gradguard.functional.contribution import Contribution, contribution
 from gradguard.functional.loss_gradient import LossGradient
@@ -31,6 +31,27 @@ from gradguard.linalg import LinearOperator
 
 #: Outputs of the same examples in other company that differ by more than this share of the largest are coupled.
 COMPANY = 1e-3
+
+
+Product = TypeVar("Product", bound=Callable[..., Any])
+
+
+def _naming_what_fails(product: Product) -> Product:
+    """What a user's model raises in a product becomes an error that names the model and the loss."""
+
+    @wraps(product)
+    def wrapped(self: InputJacobian, *arguments: Any, **options: Any) -> Any:
+        try:
+            return product(self, *arguments, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            raise UnsupportedModelError(
+                f"{type(self.gradient.model).__name__} with {self.gradient.loss_fn} cannot be differentiated twice: "
+                f"{str(error).splitlines()[0]} Replace the layer or the loss that has no second derivative."
+            ) from error
+
+    return wrapped  # type: ignore[return-value]
 
 
 class InputJacobian:
@@ -236,6 +257,7 @@ class InputJacobian:
     # ------------------------------------------------------------------ products
 
     @full_precision()
+    @_naming_what_fails
     def rmatvec(self, u: Tensor) -> Gradient:
         """`J^T u`: the change of the gradient when the inputs move by `u`.
 
@@ -248,6 +270,7 @@ class InputJacobian:
         return result if self.per_example else {n: v[0] for n, v in result.items()}
 
     @full_precision()
+    @_naming_what_fails
     def matvec(self, delta: Mapping[str, Tensor]) -> Tensor:
         """`J delta`: shape of `inputs`.
 
@@ -270,12 +293,14 @@ class InputJacobian:
         return torch.cat(parts).reshape(self.inputs.shape)
 
     @full_precision()
+    @_naming_what_fails
     def gram(self, u: Tensor) -> Tensor:
         """`J J^T u`: shape of `inputs`. Never holds more than `chunk_size` parameter-sized vectors."""
         u = self._grouped(u)
         return torch.cat([point.gram(u[part]) for part, point in self._points()]).reshape(self.inputs.shape)
 
     @full_precision()
+    @_naming_what_fails
     def dense(self, *, chunk_size: int | None = 64) -> Tensor:
         """`J` as a matrix: shape `(R, size, P)`. For small inputs: it takes `R * size * P` elements.
 
@@ -336,6 +361,8 @@ class InputJacobian:
         index = torch.arange(self.num_problems, device=self.inputs.device).repeat_interleave(count)
         other = self._of(index)
         other._distinct = False
+        if self._given_way is None:
+            del other.way  # several batches at once are asked for more than one
         return other
 
     @full_precision()
@@ -399,7 +426,8 @@ class InputJacobian:
         copies = max(1, min(self.size, (chunk_size or self.size) // self.num_problems))
         index = torch.arange(self.num_problems, device=self.inputs.device)
         copied = replace(self._problems(index.repeat_interleave(copies)), distinct=False)
-        point = way_of(copied, name=self.way, given=self._given_way is not None)
+        name = self._given_way or (name_of(copied) if copied.batch is None else self.way)
+        point = way_of(copied, name=name, given=self._given_way is not None)
         rows = []
         for some in directions.split(copies):
             # The last ones are fewer than the copies: the rest of these get zeros.

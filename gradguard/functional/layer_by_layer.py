@@ -88,9 +88,11 @@ class LayerByLayer:
         if self._pulled is None:
             self._pulled = self._graph_of_pull_back([v.new_zeros(()).expand(v.shape) for v in self._values])
         pulled, arguments = self._pulled
-        found = torch.autograd.grad(
-            pulled, arguments, u.reshape(self._x.shape), retain_graph=True, materialize_grads=True
-        )
+        found: tuple[Tensor, ...] = tuple(torch.zeros_like(v) for v in self._values)
+        if pulled.requires_grad:  # else nothing moves with the inputs, as behind a rounding
+            found = torch.autograd.grad(
+                pulled, arguments, u.reshape(self._x.shape), retain_graph=True, materialize_grads=True
+            )
         moved = dict(zip(self._moving, found, strict=True))
         return [
             (
@@ -102,14 +104,20 @@ class LayerByLayer:
 
     def pull_back(self, cotangents: list[tuple[Tensor, Tensor]]) -> Tensor:
         """The transpose of `tangents`: `(R, n, *input_shape)`."""
-        (found,) = torch.autograd.grad(self._values, self._x, self._chosen(cotangents), retain_graph=True)
+        if not self._values:
+            return torch.zeros_like(self._x).reshape(self.shape)
+        (found,) = torch.autograd.grad(
+            self._values, self._x, self._chosen(cotangents), retain_graph=True, materialize_grads=True
+        )
         return found.reshape(self.shape)
 
     def _graph_of_pull_back(self, cotangents: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The transpose at `cotangents`, as a graph, and its arguments."""
         arguments = [c.detach().requires_grad_(True) for c in cotangents]
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            (pulled,) = torch.autograd.grad(self._values, self._x, arguments, create_graph=True)
+            if not self._values:
+                return torch.zeros_like(self._x), arguments
+            (pulled,) = torch.autograd.grad(self._values, self._x, arguments, create_graph=True, materialize_grads=True)
         return pulled, arguments
 
     def _chosen(self, cotangents: list[tuple[Tensor, Tensor]]) -> list[Tensor]:

@@ -27,7 +27,14 @@ from gradguard.functional.checks import (
     check_loss,
 )
 from gradguard.functional.precision import full_precision
-from gradguard.functional.preserved import RandomState, preserved, random_state_kept
+from gradguard.functional.preserved import (
+    RandomState,
+    cast_state,
+    loss_module,
+    preserved,
+    random_state_kept,
+    without_checkpointing,
+)
 from gradguard.functional.structures import (
     TARGETS,
     Rest,
@@ -39,7 +46,7 @@ from gradguard.functional.structures import (
     split,
 )
 from gradguard.functional.token_lookup import TokenLookup, check_module_name
-from gradguard.functional.train_mode import check_deterministic, offenders, refuse
+from gradguard.functional.train_mode import check_deterministic, check_parameters_and_hooks, offenders, refuse
 from gradguard.functional.vectors import Gradient
 
 TrainMode = Literal["error", "eval", "as sent"]
@@ -157,6 +164,7 @@ class LossGradient:
 
     # ------------------------------------------------------------------ structures
 
+    @full_precision()
     def bind(self, inputs: Any, targets: Any) -> tuple[LossGradient, Tensor, Rest]:
         """A batch as the private tensor and the rest, and the function that takes it so.
 
@@ -171,10 +179,15 @@ class LossGradient:
             InputError: There is no private leaf.
         """
         if self._template is not None or not (is_structured(inputs) or is_structured(targets)):
-            return self, inputs, targets
+            return self, plain(inputs), plain(targets)
         other = copy(self)
         other._template, private, rest = split(inputs, targets, self.private)
-        return other, private, rest
+        return other, plain(private), map_rest(plain, rest)
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether its batches are pairs of a private tensor and a dictionary: see `bind`."""
+        return self._template is not None
 
     @property
     def known_inputs(self) -> tuple[str, ...]:
@@ -275,8 +288,8 @@ class LossGradient:
         if self._company is not None:
             rest = self.cast(self._company[1])
         targets = rest if self._template is None else self._template.fill(rest_like(rest), rest)[1]
-        targets = as_loss_takes_them(targets, outputs)
-        return self.loss_fn(outputs, targets)
+        with cast_state(loss_module(self.loss_fn), self.dtype):
+            return self.loss_fn(outputs, as_loss_takes_them(targets, outputs))
 
     def cast(self, tensor: Any) -> Any:
         """`tensor` (or every tensor of a rest) in the computing dtype if it is floating point, else unchanged.
@@ -287,7 +300,7 @@ class LossGradient:
             return map_rest(self.cast, tensor)
         if not isinstance(tensor, Tensor):
             return tensor
-        tensor = _plain(tensor) if tensor.is_inference() else tensor
+        tensor = plain(tensor)
         return tensor.to(self.computing_dtype) if tensor.is_floating_point() else tensor
 
     @full_precision()
@@ -385,7 +398,12 @@ class LossGradient:
     # ------------------------------------------------------------------ checks
 
     def check_model(self) -> None:
-        """Raises `UnsupportedModelError` if a train-mode module mixes examples or is random, and that is refused."""
+        """Raises `UnsupportedModelError` for what is known to be no function of parameters and inputs.
+
+        A train-mode module that mixes examples or is random, where that is refused; a backward hook, which may change
+        the gradient; a complex parameter.
+        """
+        check_parameters_and_hooks(self.model)
         if self.train_mode == "error":
             refuse(self.model, offenders(self.model))
 
@@ -400,7 +418,7 @@ class LossGradient:
         function, inputs, targets = self.bind(inputs, targets)
         if function._lookup is not None:
             function._lookup.check_embeddings(inputs)
-        check_batch_shape(inputs, targets)
+        check_batch_shape(inputs, targets, structured=function._template is not None)
         check_devices(inputs, targets, self.device)
         if not torch.isfinite(inputs).all():
             raise InputError("`inputs` hold NaN or infinite values. Clean the data before measuring it.")
@@ -471,6 +489,7 @@ class LossGradient:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(random_state_kept())
             stack.enter_context(preserved(self.model))
+            stack.enter_context(without_checkpointing())
             if self.random_state is not None:
                 self.random_state.restore()
             if self.train_mode == "eval":
@@ -521,8 +540,13 @@ def _drop_grad_sample_hooks(model: nn.Module) -> None:
 
 def _plain(tensor: Tensor) -> Tensor:
     """Detached, and no inference tensor."""
-    plain = tensor.detach()
-    return plain.clone() if plain.is_inference() else plain
+    detached = tensor.detach()
+    return detached.clone() if detached.is_inference() else detached
+
+
+def plain(value: Any) -> Any:
+    """A tensor made in inference mode as one that autograd takes; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _own(leaf: Any) -> Any:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 
 @dataclass(frozen=True)
@@ -132,3 +133,52 @@ def preserved(model: nn.Module) -> Iterator[ModuleState]:
         yield state
     finally:
         state.restore()
+
+
+def loss_module(loss_fn: Any) -> nn.Module | None:
+    """The module whose tensors a loss computes with: itself, or the one that it is a method of."""
+    owner = getattr(loss_fn, "__self__", loss_fn)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+@contextmanager
+def cast_state(module: nn.Module | None, dtype: torch.dtype | None) -> Iterator[None]:
+    """A module's parameters and buffers (class weights) in `dtype` for a while; its own come back."""
+    if module is None or dtype is None:
+        yield
+        return
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    try:
+        for part in module.modules():
+            for slots in (part._parameters, part._buffers):
+                other = {n: v for n, v in slots.items() if v is not None and v.is_floating_point() and v.dtype != dtype}
+                if other:
+                    kept.append((slots, dict(slots)))
+                    slots.update({n: v.detach().to(dtype) for n, v in other.items()})
+        yield
+    finally:
+        for slots, before in kept:
+            slots.clear()
+            slots.update(before)
+
+
+class _Direct:
+    """In the place of re-entrant checkpointing's function: computes, and keeps what backward needs."""
+
+    @staticmethod
+    def apply(function: Any, preserve_rng_state: bool, *arguments: Any) -> Any:
+        """The function itself."""
+        return function(*arguments)
+
+
+@contextmanager
+def without_checkpointing() -> Iterator[None]:
+    """Activation checkpointing off: it computes again at backward, when the model holds its own parameters again."""
+    kept = {name: getattr(checkpoint, name) for name in ("_checkpoint_hook", "CheckpointFunction")}
+    checkpoint._checkpoint_hook = lambda frame: nullcontext()  # type: ignore[assignment]
+    checkpoint.CheckpointFunction = _Direct  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(checkpoint, name, value)

@@ -8,7 +8,7 @@ where there is nothing else, else a dictionary of the tensors that have a row pe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -148,6 +148,13 @@ def rows_of(rest: Rest, index: Any) -> Rest:
     return map_rest(lambda part: part[index], rest)
 
 
+def stacked(parts: list[Rest]) -> Rest:
+    """Several rests of one structure, one behind the other along a new first axis."""
+    if isinstance(parts[0], dict):
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    return torch.stack(parts)
+
+
 def targets_of(rest: Rest) -> Tensor | None:
     """The targets where they are one tensor, else `None`."""
     if isinstance(rest, Tensor):
@@ -164,6 +171,24 @@ def count_rows(rest: Rest) -> int:
 # ---------------------------------------------------------------------- outputs
 
 
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """`function` of every leaf: of tuples, mappings, `ModelOutput` and whatever PyTorch knows, and of dataclasses."""
+
+    def one(leaf: Any) -> Any:
+        if not is_dataclass(leaf) or isinstance(leaf, type):
+            return function(leaf)
+        return replace(leaf, **{f.name: tree_map(function, getattr(leaf, f.name)) for f in fields(leaf) if f.init})
+
+    return pytree.tree_map(one, tree)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """The leaves, in the order of `tree_map`."""
+    found: list[Any] = []
+    tree_map(found.append, tree)
+    return found
+
+
 def map_rows(function: Callable[[Tensor], Tensor], outputs: Any, count: int) -> Any:
     """`function` of every tensor of a model's outputs that has `count` rows; everything else as it is."""
 
@@ -171,12 +196,12 @@ def map_rows(function: Callable[[Tensor], Tensor], outputs: Any, count: int) -> 
         has_rows = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == count
         return function(leaf) if has_rows else leaf
 
-    return pytree.tree_map(one, outputs)
+    return tree_map(one, outputs)
 
 
 def output_tensors(outputs: Any) -> list[Tensor]:
     """The floating-point tensors among a model's outputs."""
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def with_rows(whole: Any, part: Any, rows: Tensor, count: int) -> Any:
@@ -185,7 +210,7 @@ def with_rows(whole: Any, part: Any, rows: Tensor, count: int) -> Any:
     Raises:
         InputError: The two are not of one structure.
     """
-    old, new = pytree.tree_leaves(whole), pytree.tree_leaves(part)
+    old, new = tree_leaves(whole), tree_leaves(part)
     if len(old) != len(new):
         raise InputError("The model's outputs have another structure for some examples than for the whole batch.")
     pairs = iter(zip(old, new, strict=True))
@@ -200,7 +225,7 @@ def with_rows(whole: Any, part: Any, rows: Tensor, count: int) -> Any:
         chosen = torch.arange(count, device=before.device) == rows
         return torch.where(chosen.reshape(-1, *[1] * (before.ndim - 1)), after.to(before.dtype), before)
 
-    return pytree.tree_map(one, part)
+    return tree_map(one, part)
 
 
 def is_structured(value: Any) -> bool:

@@ -46,6 +46,30 @@ def refuse(model: nn.Module, found: Sequence[Offender]) -> None:
     )
 
 
+def check_parameters_and_hooks(model: nn.Module) -> None:
+    """Raises `UnsupportedModelError` for complex parameters, and for hooks that run at backward."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise UnsupportedModelError(
+                f"Parameter {name!r} is complex ({parameter.dtype}); gradients here are real. Keep its real and "
+                "imaginary parts as two parameters."
+            )
+        if parameter._backward_hooks:
+            raise UnsupportedModelError(
+                f"Parameter {name!r} has a backward hook, which may change the gradient that is sent; gradguard "
+                "computes on copies, where it does not run. Remove the hook while measuring, or apply what it does to "
+                "the message."
+            )
+    wrapped = {id(m) for w in model.modules() if hasattr(w, "autograd_grad_sample_hooks") for m in w.modules()}
+    for name, module in model.named_modules():
+        hooks = [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+        if hooks and id(module) not in wrapped:
+            raise UnsupportedModelError(
+                f"Module {name or type(module).__name__!r} has a backward hook, which may change the gradient and "
+                "cannot be differentiated again. Remove the hook while measuring."
+            )
+
+
 def check_deterministic(model: nn.Module, evaluate: Callable[[], Any]) -> Any:
     """`evaluate()`, if it gives the same each time. Raises `UnsupportedModelError` for a model that is random.
 
@@ -54,7 +78,7 @@ def check_deterministic(model: nn.Module, evaluate: Callable[[], Any]) -> Any:
     """
     with _Draws(model) as draws:
         outputs = evaluate()
-    if not draws.where:
+    if not draws.where and not draws.opaque:
         return outputs
     before = RandomState.now()
     try:
@@ -64,7 +88,8 @@ def check_deterministic(model: nn.Module, evaluate: Callable[[], Any]) -> Any:
             pairs = zip(output_tensors(outputs), output_tensors(again), strict=False)
             if draws.own or any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs):
                 raise UnsupportedModelError(
-                    f"Module {draws.where!r} of {type(model).__name__} draws random numbers, so its gradient is not a "
+                    f"Module {draws.where or type(model).__name__!r} of {type(model).__name__} draws random numbers, so "
+                    "its gradient is not a "
                     "function of the inputs. Call `model.eval()` first, or pass "
                     '`train_mode="as sent"` with the random state of the step that is sent '
                     "(`gradguard.random_state()`)."
@@ -86,6 +111,8 @@ class _Draws:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.where, self.own = model, "", False
+        #: Compiled to TorchScript, a module takes no hooks: it is asked several times whatever it draws.
+        self.opaque = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Draws:
@@ -104,6 +131,8 @@ class _Draws:
             return look
 
         for name, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
             self._handles.append(module.register_forward_pre_hook(enter))
             self._handles.append(module.register_forward_hook(leave(name), always_call=False))
         return self

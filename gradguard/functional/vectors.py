@@ -12,7 +12,7 @@ Gradient = dict[str, Tensor]
 
 def flatten(gradient: Mapping[str, Tensor], batch_dims: int = 0) -> Tensor:
     """A gradient as one vector: shape `(*batch, P)`, parameters in the dictionary's order."""
-    return torch.cat([g.flatten(start_dim=batch_dims) for g in gradient.values()], dim=-1)
+    return torch.cat([g.reshape(*g.shape[:batch_dims], -1) for g in gradient.values()], dim=-1)
 
 
 def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Gradient:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,21 +49,13 @@ class ForwardOverReverse:
 
     def __init__(self, problems: Problems, *, with_targets: bool = False) -> None:
         self.problems, self.with_targets = problems, with_targets
-        self._pull: Any = None
 
     def gradients(self) -> Gradient:
         """Each problem's gradient: `(R, *parameter_shape)`."""
         p = self.problems
-
-        def each(x: Tensor, rest: Rest) -> Gradient:
-            return vmap(grad(p.loss), in_dims=(None, 0, 0, 0))(p.parameters, x, rest, p.row_or_zero)
-
         with differentiable():
-            if self.with_targets:
-                own, self._pull, *_ = vjp(each, p.inputs, p.rest)
-            else:
-                own, self._pull, *_ = vjp(lambda x: each(x, p.rest), p.inputs)
-        return own
+            own = vmap(grad(p.loss), in_dims=(None, 0, 0, 0))(p.parameters, p.inputs, p.rest, p.row_or_zero)
+        return _materialised(own)
 
     def rmatvec(self, u: Tensor) -> Gradient:
         """`J_r^T u_r`."""
@@ -73,7 +65,7 @@ class ForwardOverReverse:
             return jvp(lambda z: grad(p.loss)(p.parameters, z, rest, row), (x,), (v,))[1]
 
         with differentiable():
-            return vmap(one)(p.inputs, p.rest, p.row_or_zero, u)
+            return _materialised(vmap(one)(p.inputs, p.rest, p.row_or_zero, u))
 
     def matvec(self, delta: Mapping[str, Tensor], *, then: bool = False) -> Tensor:
         """`J_r delta_r`."""
@@ -88,11 +80,21 @@ class ForwardOverReverse:
             return vmap(one, in_dims=(0, 0, 0, None if shared else 0))(p.inputs, p.rest, p.row_or_zero, rows)
 
     def matvec_with_targets(self, delta: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """By the transpose of `gradients`, which is asked first."""
-        if self._pull is None:
-            self.gradients()
-        found = self._pull(dict(delta))
-        return (found[0], found[1]) if self.with_targets else (found[0], None)
+        """The transpose of the gradient's derivative, problem by problem under one map.
+
+        Not the map's own transpose: PyTorch's `vjp(vmap(grad))` loses a part of the derivative through the weight of a
+        normalisation (seen with LayerNorm, InstanceNorm and BatchNorm in torch 2.13).
+        """
+        p = self.problems
+
+        def one(x: Tensor, rest: Rest, row: Tensor, change: Gradient) -> tuple[Tensor, ...]:
+            if self.with_targets:
+                return vjp(lambda z, y: grad(p.loss)(p.parameters, z, y, row), x, rest)[1](change)
+            return vjp(lambda z: grad(p.loss)(p.parameters, z, rest, row), x)[1](change)
+
+        with differentiable():
+            found = vmap(one)(p.inputs, p.rest, p.row_or_zero, dict(delta))
+        return found[0], found[1] if self.with_targets else None
 
     def gram(self, u: Tensor) -> Tensor:
         """`J_r J_r^T u_r`, no parameter-sized vector outside the map."""
@@ -256,6 +258,11 @@ def whole_batch(function: LossGradient, inputs: Tensor, rest: Rest) -> Batch:
     """A batch and the model's outputs on it: one forward pass."""
     with torch.no_grad():
         return Batch(inputs, rest, function.outputs(function.parameters(), inputs, rest))
+
+
+def _materialised(gradient: Gradient) -> Gradient:
+    """`torch.func` gives zeros that hold no memory where nothing moves; they cannot be written to."""
+    return {n: g.clone() if g._is_zerotensor() else g for n, g in gradient.items()}
 
 
 def _stacked(gradients: list[Gradient]) -> Gradient:

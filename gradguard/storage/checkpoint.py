@@ -42,6 +42,9 @@ class Checkpoint:
 
         `every`: least seconds between two writes, negative for always. A write that takes long is made rarer, so that
         writing never takes more than a twentieth of the time.
+
+        Returns:
+            Whether the time has come.
         """
         return every < 0 or time.monotonic() - self._last > max(every, 20 * self._seconds)
 
@@ -73,6 +76,9 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mappin
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write_tensors` wrote. The file is not trusted: nothing in it is executed.
+
+    Returns:
+        The tensors, and what was written about them.
 
     Raises:
         ValueError: The file is no such file.

@@ -22,6 +22,9 @@ def fingerprint(thing: Any, tensors: Iterable[Tensor] = ()) -> str:
     """16 hexadecimal digits of a hash of `thing` and of `tensors`.
 
     Of a module: its structure, settings, parameters and buffers. Of anything else: its `repr`.
+
+    Returns:
+        The digits.
     """
     hashed = hashlib.blake2b(plain_repr(thing).encode(), digest_size=8)
     if isinstance(thing, nn.Module):

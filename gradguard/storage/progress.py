@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 
 class Bar:
     """A bar to report to; one that is not shown takes reports and does nothing."""
@@ -46,8 +49,6 @@ def progress_bar(description: str, total: int | None, *, shown: bool | None = No
     if shown is False:
         yield Bar()
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console() if shown else Console(stderr=True)
     if not shown and not console.is_terminal:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from gradguard.errors import InputError
-from gradguard.functional.checks import check_gradient, check_labels, class_indices
+from gradguard.functional.checks import check_gradient, check_labels, class_indices, index_targets
 from gradguard.functional.local_training import LocalTraining
 from gradguard.functional.loss_gradient import LossGradient
+from gradguard.functional.structures import Rest, map_rest
 from gradguard.functional.vectors import Gradient
 
 
@@ -29,7 +30,8 @@ class Observation:
         their gradient.
     `input_shape`: the shape of one example. `batch_size`: `B`.
     `labels`: class indices `(B,)` of any integer dtype, kept as int64, or, for a binary loss, float `(B, 1)`; `None`
-        if the attacker does not have them.
+        if the attacker does not have them. For a bound loss gradient (`LossGradient.bind`): the rest, targets and known
+        inputs by name.
     `num_classes`: `C`; `None` where the loss has no classes.
     `value_range`: the range of valid inputs, which boxed attacks use; `None` if unknown.
     `local`: how the client trained, if it took several steps; `sent` is then their mean gradient (see
@@ -43,7 +45,7 @@ class Observation:
     sent: Gradient = field(repr=False)
     input_shape: tuple[int, ...]
     batch_size: int = 1
-    labels: Tensor | None = field(default=None, repr=False)
+    labels: Rest | None = field(default=None, repr=False)
     num_classes: int | None = None
     value_range: tuple[float, float] | None = (0.0, 1.0)
     local: LocalTraining | None = None
@@ -137,7 +139,9 @@ class Observation:
         parameters = function.parameters()
         with torch.no_grad():
             with _asking(f"Examples of shape {shape} do not go through {type(function.model).__name__}"):
-                outputs = function.outputs(parameters, inputs)
+                if self.labels is None and function.is_bound:
+                    return  # the known inputs beside the private one are in the labels' structure
+                outputs = function.outputs(parameters, inputs, function.cast(self.labels))
             scores = isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] > 1
             if scores and self.num_classes not in (None, outputs.shape[1]):
                 raise InputError(
@@ -146,11 +150,13 @@ class Observation:
                 )
             if self.labels is None:
                 return
-            if isinstance(outputs, Tensor):
+            if isinstance(outputs, Tensor) and isinstance(self.labels, Tensor) and not function.has_company:
                 check_labels(outputs, self.labels, function.loss_fn)
-            kind = f"labels of dtype {self.labels.dtype} and shape {tuple(self.labels.shape)}"
+            kind = "these labels"
+            if isinstance(self.labels, Tensor):
+                kind = f"labels of dtype {self.labels.dtype} and shape {tuple(self.labels.shape)}"
             with _asking(f"The loss {function.loss_fn} does not take {kind}"):
-                function.loss_fn(outputs, function.cast(self.labels))
+                function.loss_of(outputs, function.cast(self.labels))
 
     # ------------------------------------------------------------------ inside
 
@@ -162,7 +168,7 @@ class Observation:
         names = list(self.sent)
         leaves = {n: p.detach().requires_grad_(n in self.sent) for n, p in parameters.items()}
         with torch.enable_grad():
-            loss = self.loss_gradient.loss(leaves, inputs.detach(), targets.detach())
+            loss = self.loss_gradient.loss(leaves, inputs.detach(), map_rest(torch.Tensor.detach, targets))
         found = torch.autograd.grad(loss, [leaves[n] for n in names], allow_unused=True, materialize_grads=True)
         return dict(zip(names, found, strict=True))
 
@@ -171,7 +177,8 @@ class Observation:
             shape = tuple(self.input_shape)
         except TypeError:
             shape = ()
-        if not shape or not all(_is_count(n) for n in shape):
+        is_bound = self.loss_gradient.is_bound  # an input of one number per example is one of several
+        if not (shape or is_bound) or not all(_is_count(n) for n in shape):
             raise InputError(
                 f"`input_shape` must be the shape of one example, positive whole numbers, got {self.input_shape!r}."
             )
@@ -197,6 +204,9 @@ class Observation:
     def _check_label_tensor(self) -> None:
         labels = self.labels
         if labels is None:
+            return
+        if isinstance(labels, dict) and self.loss_gradient.is_bound:
+            object.__setattr__(self, "labels", map_rest(index_targets, labels))
             return
         if not isinstance(labels, Tensor):
             raise InputError(f"`labels` must be a tensor or None, got {type(labels).__name__}.")

@@ -110,6 +110,18 @@ def test_two_classes_leave_candidates_that_nothing_proves(digit_pictures):
     assert "combinations" in result.details["note"]
 
 
+@pytest.mark.parametrize("activation", [nn.Identity, nn.LeakyReLU, nn.Tanh])
+def test_without_zeros_no_unit_is_one_example_s(digit_pictures, activation):
+    """Under a flat head with equal rows all units agree on mixtures, and their gradient is nearly the sent one."""
+    torch.manual_seed(101)
+    model = with_head(mlp(64, 100, 10), lambda w: 1e-3 * w[[i // 2 for i in range(10)]])
+    model[2] = activation()
+    x, y = digit_pictures.images[:2], digit_pictures.labels[:2]
+    result = attacked(RGAP(), model, CE, x, y, labels=True)
+    assert result.details["exact"] == 0
+    assert not result.converged
+
+
 def test_a_pair_with_one_pattern_under_two_classes_is_not_a_pair_of_copies(digit_pictures):
     """Its gradient is that of two copies of the weighted mean, up to the curvature of the loss."""
     torch.manual_seed(0)

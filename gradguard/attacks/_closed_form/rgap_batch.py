@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradguard.attacks._closed_form.batch_proof import BatchProof
 from gradguard.attacks._closed_form.heads import bias_head
-from gradguard.chain import Affine, Chain
+from gradguard.chain import Activation, Affine, Chain, Reshape, Rewire
 from gradguard.errors import InputError
 from gradguard.threats.observation import Observation
 
@@ -26,6 +26,8 @@ _SAME = 1e-5
 _LEAST = 3
 #: Bias gradients below this, relative to the largest, are rounding.
 _DEAD = 1e-6
+#: Relative mismatch of a whole batch, as a share of the relative change of the loss's derivative.
+_CURVED = 1e-5
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,15 @@ def check_batch(observation: Observation, chain: Chain) -> None:
 
 
 def first_layer(observation: Observation, chain: Chain) -> Affine | None:
-    """The layer whose units' ratios may be examples: a linear one on the inputs, with gradients of weight and bias."""
+    """The layer whose units' ratios may be examples: a linear one on the inputs, with gradients of weight and bias.
+
+    Behind it must come a ReLU, or no unit is ever one example's alone.
+    """
     layer, sent = chain.layers[0], observation.sent
     told = layer.bias is not None and layer.weight in sent and bool(sent.get(layer.bias, torch.zeros(1)).any())
-    return layer if chain.moves and told else None
+    after = next((s for s in chain.steps[chain.affine_indices[0] + 1 :] if not isinstance(s, Reshape | Rewire)), None)
+    alone = isinstance(after, Activation) and bool(after.flat)
+    return layer if chain.moves and told and alone else None
 
 
 def examples(weight_gradient: Tensor, bias_gradient: Tensor, count: int) -> Examples:
@@ -106,7 +113,9 @@ def recovered(observation: Observation, chain: Chain, found: Examples) -> Recove
         labels = proof.targets[torch.tensor([e.label for e in explained], device=bias.device)]
         rank = proof.rank(torch.cat([weight, bias[:, None]], dim=1))
         alike = proof.labels is None or torch.equal(_sorted(labels), _sorted(proof.labels))
-        if rank == count and alike and proof.observation.matching_loss(inputs, labels) <= proof.rounding:
+        # In a flat head a mixture is off by little more than the head is curved.
+        most = min(proof.rounding, (_CURVED * min(e.change for e in explained)) ** 2)
+        if rank == count and alike and proof.observation.matching_loss(inputs, labels) <= most:
             return Recovered(found.candidates, count, units, labels)
     order = sorted(range(len(explained)), key=lambda i: not explained[i].proved)
     return Recovered(found.candidates[order], sum(e.proved for e in explained), units[order], None)

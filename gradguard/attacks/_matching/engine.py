@@ -31,6 +31,8 @@ from gradguard.attacks._matching.trials import LabelMode, Trials, check_alike
 from gradguard.attacks._options import check_numbers, check_whole
 from gradguard.attacks.base import Attack, check_generator, failures_of
 from gradguard.errors import InputError
+from gradguard.functional.precision import full_precision
+from gradguard.functional.structures import Rest, map_rest, rows_of, stacked
 from gradguard.threats.observation import Observation, Reconstruction
 
 #: How labels that the observation lacks are dealt with.
@@ -68,6 +70,7 @@ class MatchingAttack(Attack):
     """
 
     takes_local_training: ClassVar[bool] = True
+    takes_structures: ClassVar[bool] = True
     takes_missing_gradients: ClassVar[bool] = True
     takes_free_scale: ClassVar[bool] = True
 
@@ -154,6 +157,11 @@ class MatchingAttack(Attack):
                 "observation; give it, or the labels themselves."
             )
         Trials([observation], distance=self.distance, penalties=self.penalties)  # refuses what does not fit the model
+        if observation.labels is None and observation.loss_gradient.is_bound:
+            raise InputError(
+                f"{self.name} needs the labels and the known inputs where inputs or targets are structures: give the "
+                "observation's `labels`, as `LossGradient.bind` returns them."
+            )
         if observation.labels is None and self.labels == "inferred":
             observed_head(observation, needs_bias=False)
         if observation.local is not None and self.polish:
@@ -177,6 +185,7 @@ class MatchingAttack(Attack):
         """
         return self.attack_all([observation], generator=generator, progress=progress, checkpoint=checkpoint)[0]
 
+    @full_precision()
     def attack_all(
         self,
         observations: Sequence[Observation],
@@ -234,7 +243,7 @@ class MatchingAttack(Attack):
             mode = self.labels
         else:
             function = observations[0].loss_gradient
-            labels = torch.stack([function.cast(self.labels_for(o)) for o in observations])
+            labels = stacked([function.cast(self.labels_for(o)) for o in observations])
         return Trials(
             observations,
             restarts=self.restarts,
@@ -245,7 +254,7 @@ class MatchingAttack(Attack):
             chunk_size=self.chunk_size,
         )
 
-    def labels_for(self, observation: Observation) -> Tensor:
+    def labels_for(self, observation: Observation) -> Rest:
         """The labels that the trials are held to: the given ones, or those that the last layer gives away."""
         return observation.labels if observation.labels is not None else infer_labels(observation)
 
@@ -264,22 +273,23 @@ class MatchingAttack(Attack):
         if self.polish:
             inputs, losses, details["polish_iterations"] = self._polished(trials, inputs, labels, losses)
         results = []
-        of_pictures = (part.split(self.restarts) for part in (losses, inputs, labels))
-        for part, x, y in zip(*of_pictures, strict=True):
-            values = part.tolist()
+        for first in range(0, len(losses), self.restarts):
+            trials_of_one = slice(first, first + self.restarts)
+            x, y = inputs[trials_of_one], rows_of(labels, trials_of_one)
+            values = losses[trials_of_one].tolist()
             best = min(range(len(values)), key=values.__getitem__)
             results.append(
                 Reconstruction(
                     attack=self.name,
                     inputs=x[best].detach(),
-                    labels=y[best].detach(),
+                    labels=map_rest(Tensor.detach, rows_of(y, best)),
                     converged=values[best] < float("inf") and self.has_converged(values[best]),
                     details=details | {"trial": best, "trial_losses": values},
                 )
             )
         return results
 
-    def _polished(self, trials: Trials, inputs: Tensor, labels: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, int]:
+    def _polished(self, trials: Trials, inputs: Tensor, labels: Rest, losses: Tensor) -> tuple[Tensor, Tensor, int]:
         """Inputs and losses after Levenberg-Marquardt, in float64: the best trial of each picture first.
 
         The others follow for the pictures whose best trial does not match then.
@@ -298,7 +308,7 @@ class MatchingAttack(Attack):
             polished = levenberg_marquardt(
                 observation,
                 inputs[rows],
-                labels[rows],
+                rows_of(labels, rows),
                 sent={n: g.to(dtype)[trials.picture[rows]] for n, g in trials.sent.items()},
                 groups=trials.picture[rows],
                 iterations=self.polish,

@@ -17,6 +17,7 @@ from gradguard.attacks._matching.lbfgs import Minima
 from gradguard.attacks._matching.trials import Trials
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.restriction import sent_only
+from gradguard.functional.structures import Rest, rows_of
 from gradguard.functional.vectors import Gradient, flatten
 from gradguard.linalg import LinearOperator, dense_least_squares, lsmr
 from gradguard.threats.observation import Observation
@@ -36,7 +37,7 @@ FORCING = 0.1
 def levenberg_marquardt(
     observation: Observation,
     inputs: Tensor,
-    labels: Tensor,
+    labels: Rest,
     *,
     sent: Gradient | None = None,
     groups: Tensor | None = None,
@@ -59,7 +60,7 @@ def levenberg_marquardt(
     all_sent = all_sent.expand(len(inputs), -1)
     all_groups = torch.arange(len(inputs), device=inputs.device) if groups is None else groups
 
-    def residual_at(x: Tensor, labels: Tensor, sent: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def residual_at(x: Tensor, labels: Rest, sent: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(c g(x) - sent) / |sent|`, the factor `c / |sent|`, and the direction of `g`, where `c` is free."""
         own = flatten(trials.own(x.unflatten(1, shape), labels), batch_dims=1)
         if not free:
@@ -121,7 +122,7 @@ def levenberg_marquardt(
 class _Going:
     """The state of the trials that are still going, one row each."""
 
-    def __init__(self, **state: Tensor) -> None:
+    def __init__(self, **state: Rest) -> None:
         self.x, self.labels, self.sent = state["x"], state["labels"], state["sent"]
         self.groups, self.scale = state["groups"], state["scale"]
         self.residual = self.value = self.damping = self.growth = self.done = state["scale"]
@@ -130,7 +131,7 @@ class _Going:
     def select(self, rows: Tensor) -> None:
         """Keep the trials `rows` only."""
         for name, value in vars(self).items():
-            setattr(self, name, value[rows])
+            setattr(self, name, rows_of(value, rows))
 
 
 def _lost(values: Tensor, groups: Tensor) -> Tensor:

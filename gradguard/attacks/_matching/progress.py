@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from gradguard.errors import InputError
+from gradguard.functional.structures import tree_leaves
 from gradguard.storage import checkpoint as files
 from gradguard.storage import progress as bars
 from gradguard.storage.fingerprint import fingerprint
@@ -67,4 +68,6 @@ def _fingerprint(attack: Attack, trials: Trials) -> str:
     """A hash of everything that decides how the attack goes, but for its random numbers."""
     threat = (trials.shape, trials.label_mode, str(trials.observation.local), tuple(trials.sent), trials.free_scale)
     tensors = [*trials.parameters.values(), *trials.function.constants().values(), *trials.sent.values()]
-    return fingerprint((attack, *threat), [*tensors, *([] if trials.labels is None else [trials.labels])])
+    return fingerprint(
+        (attack, *threat), [*tensors, *(part for part in tree_leaves(trials.labels) if part is not None)]
+    )

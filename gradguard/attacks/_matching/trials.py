@@ -20,6 +20,7 @@ from gradguard.errors import InputError
 from gradguard.functional.choice import way_of
 from gradguard.functional.precision import full_precision
 from gradguard.functional.problems import Problems
+from gradguard.functional.structures import Rest, map_rest, rows_of
 from gradguard.functional.vectors import Gradient
 from gradguard.threats.observation import Observation
 
@@ -42,7 +43,7 @@ class Trials:
         observations: Sequence[Observation],
         *,
         restarts: int = 1,
-        labels: Tensor | None = None,
+        labels: Rest | None = None,
         label_mode: LabelMode = "given",
         distance: Distance | None = None,
         penalties: Sequence[Penalty] = (),
@@ -88,7 +89,7 @@ class Trials:
     def targets(self, points: Tensor, rows: Tensor) -> Tensor:
         """What the loss gets: the given labels, or the class probabilities `(T, B, C)` of the logits."""
         if self.labels is not None:
-            return self.labels[self.picture[rows]]
+            return rows_of(self.labels, self.picture[rows])
         probabilities = points[:, self.size :].unflatten(1, self.logits_shape).softmax(-1)
         if self.label_mode == "shared":
             probabilities = probabilities[:, None].expand(-1, self.shape[0], -1)
@@ -120,7 +121,7 @@ class Trials:
         points = points.detach().requires_grad_(self.labels is None)
         with torch.enable_grad():
             targets = self.targets(points, rows)
-        own, pull_back = self.gradients(self.inputs(points).detach(), targets.detach())
+        own, pull_back = self.gradients(self.inputs(points).detach(), map_rest(Tensor.detach, targets))
         leaves = {n: g.requires_grad_(True) for n, g in self._of_sent(own, len(points)).items()}
         with torch.enable_grad():
             values = self._distance(self.distance, leaves, rows)
@@ -143,9 +144,10 @@ class Trials:
         Over what was sent; `c` is 1, or the best factor where it is free.
         """
         chunk = self.chunk_size or len(inputs)
-        parts = zip(inputs.split(chunk), targets.split(chunk), rows.split(chunk), strict=True)
+        parts = [slice(first, first + chunk) for first in range(0, len(inputs), chunk)]
         with torch.no_grad():
-            return torch.cat([self._distance(SquaredDistance(), self.own(x, y), r) for x, y, r in parts])
+            own = (self.own(inputs[part], rows_of(targets, part)) for part in parts)
+            return torch.cat([self._distance(SquaredDistance(), g, rows[p]) for g, p in zip(own, parts, strict=True)])
 
     def own(self, inputs: Tensor, targets: Tensor) -> Gradient:
         """The trials' gradients of the parameters that were sent: `(R, *parameter_shape)` each, detached."""
