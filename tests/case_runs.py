@@ -24,6 +24,7 @@ from gradguard.attacks._matching.trials import Trials
 from gradguard.defenses import GaussianNoise
 from gradguard.errors import InputError
 from gradguard.evaluation.scoring import observe
+from gradguard.functional.structures import stacked
 from gradguard.leakage import influence, influence_lower_bound
 from gradguard.policy import Policy
 from gradguard.threats.model import ThreatModel
@@ -255,7 +256,7 @@ def matching(run: Run) -> None:
 
 def objective(observation: Any, point: Tensor) -> tuple[float, Tensor]:
     """What a matching attack descends, at one point, and its gradient there."""
-    trials = Trials([observation], labels=observation.labels[None])
+    trials = Trials([observation], labels=stacked([observation.labels]))
     value, slope = trials.value_and_gradient(point.reshape(1, -1), torch.zeros(1, dtype=torch.int64))
     return value.item(), slope.reshape(point.shape)
 

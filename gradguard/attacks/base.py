@@ -100,7 +100,7 @@ class Attack(ABC):
         function = observation.loss_gradient
         if (function.is_bound or function.has_company) and not self.takes_structures:
             raise InputError(
-                f"{self.name} attacks examples that are one tensor each and that the model and the loss keep apart. Use "
+                f"{self.name} attacks examples that are one tensor each and that model and loss keep apart. Use "
                 "a gradient-matching attack, which takes other inputs and other examples as known."
             )
         with full_precision(), failures_of(self, observation):

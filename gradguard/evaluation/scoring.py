@@ -109,7 +109,7 @@ def observe(
     labels, classes = targets_of(targets), None
     if labels is not None and not labels.is_floating_point():
         with torch.no_grad():
-            outputs = jacobian.gradient.outputs(jacobian.parameters, inputs, targets)
+            outputs = function.outputs(jacobian.parameters, inputs, targets)
         classes = outputs.shape[1] if isinstance(outputs, Tensor) and outputs.ndim > 1 else None
     return Observation(
         loss_gradient=function,

@@ -193,6 +193,7 @@ class InputJacobian:
     # ------------------------------------------------------------------ the way
 
     @cached_property
+    @_naming_what_fails
     def way(self) -> WayName:
         """How products are taken: "layer by layer", "forward over reverse", "reverse over reverse" or "coupled".
 

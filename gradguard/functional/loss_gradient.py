@@ -6,7 +6,7 @@ Letters, here and everywhere: `B` examples, `D` input elements per example, `P` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from typing import Any, Literal
@@ -459,12 +459,7 @@ class LossGradient:
                 "autograd sees: look for a `detach`, a `no_grad` or a conversion to NumPy in its forward."
             )
         own = {id(p): n for n, p in self.model.named_parameters()}
-        seen, waiting = set(), [loss.grad_fn]
-        while waiting:
-            node = waiting.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
+        for node in graph_nodes((loss,)):
             variable = getattr(node, "variable", None)
             if variable is not None and id(variable) in own:
                 raise UnsupportedModelError(
@@ -472,7 +467,6 @@ class LossGradient:
                     "it (from a plain list or a closure), so its gradient cannot be taken as a function. Use it as "
                     "`module.weight`, or keep it in an `nn.ParameterList`."
                 )
-            waiting.extend(parent for parent, _ in node.next_functions)
 
     # ------------------------------------------------------------------ inside
 
@@ -497,6 +491,19 @@ class LossGradient:
                     module.training = False
             _drop_grad_sample_hooks(self.model)
             yield
+
+
+def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the graphs behind some tensors, once."""
+    seen: set[Any] = set()
+    waiting = [tensor.grad_fn for tensor in tensors]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        waiting.extend(parent for parent, _ in node.next_functions)
 
 
 def random_state() -> RandomState:

@@ -154,7 +154,8 @@ def cast_state(module: nn.Module | None, dtype: torch.dtype | None) -> Iterator[
                 other = {n: v for n, v in slots.items() if v is not None and v.is_floating_point() and v.dtype != dtype}
                 if other:
                     kept.append((slots, dict(slots)))
-                    slots.update({n: v.detach().to(dtype) for n, v in other.items()})
+                    for name, value in other.items():
+                        slots[name] = value.detach().to(dtype)
         yield
     finally:
         for slots, before in kept:
@@ -175,7 +176,7 @@ class _Direct:
 def without_checkpointing() -> Iterator[None]:
     """Activation checkpointing off: it computes again at backward, when the model holds its own parameters again."""
     kept = {name: getattr(checkpoint, name) for name in ("_checkpoint_hook", "CheckpointFunction")}
-    checkpoint._checkpoint_hook = lambda frame: nullcontext()  # type: ignore[assignment]
+    checkpoint._checkpoint_hook = lambda frame: nullcontext()  # type: ignore[assignment,misc,return-value]
     checkpoint.CheckpointFunction = _Direct  # type: ignore[assignment,misc]
     try:
         yield

@@ -48,6 +48,12 @@ def refuse(model: nn.Module, found: Sequence[Offender]) -> None:
 
 def check_parameters_and_hooks(model: nn.Module) -> None:
     """Raises `UnsupportedModelError` for complex parameters, and for hooks that run at backward."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(
+                f"Module {name or type(module).__name__!r} is compiled to TorchScript (`torch.jit`), which takes no "
+                "parameters from outside. Pass the Python module that it was made from; its weights are the same."
+            )
     for name, parameter in model.named_parameters():
         if parameter.is_complex():
             raise UnsupportedModelError(
@@ -78,7 +84,7 @@ def check_deterministic(model: nn.Module, evaluate: Callable[[], Any]) -> Any:
     """
     with _Draws(model) as draws:
         outputs = evaluate()
-    if not draws.where and not draws.opaque:
+    if not draws.where:
         return outputs
     before = RandomState.now()
     try:
@@ -88,9 +94,8 @@ def check_deterministic(model: nn.Module, evaluate: Callable[[], Any]) -> Any:
             pairs = zip(output_tensors(outputs), output_tensors(again), strict=False)
             if draws.own or any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs):
                 raise UnsupportedModelError(
-                    f"Module {draws.where or type(model).__name__!r} of {type(model).__name__} draws random numbers, so "
-                    "its gradient is not a "
-                    "function of the inputs. Call `model.eval()` first, or pass "
+                    f"Module {draws.where!r} of {type(model).__name__} draws random "
+                    "numbers, so its gradient is not a function of the inputs. Call `model.eval()` first, or pass "
                     '`train_mode="as sent"` with the random state of the step that is sent '
                     "(`gradguard.random_state()`)."
                 )
@@ -111,8 +116,6 @@ class _Draws:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.where, self.own = model, "", False
-        #: Compiled to TorchScript, a module takes no hooks: it is asked several times whatever it draws.
-        self.opaque = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Draws:
@@ -131,8 +134,6 @@ class _Draws:
             return look
 
         for name, module in self.model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
             self._handles.append(module.register_forward_pre_hook(enter))
             self._handles.append(module.register_forward_hook(leave(name), always_call=False))
         return self

@@ -8,18 +8,21 @@ twice, which takes whatever can be differentiated twice, one problem at a time. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Protocol
+from functools import wraps
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 
-from gradguard.functional.loss_gradient import LossGradient, differentiable
+from gradguard.functional.loss_gradient import LossGradient, differentiable, graph_nodes
 from gradguard.functional.problems import Batch, Problems
 from gradguard.functional.structures import Rest, rows_of, targets_of
 from gradguard.functional.vectors import Gradient
+
+Product = TypeVar("Product", bound=Callable[..., Any])
 
 
 class Way(Protocol):
@@ -44,12 +47,31 @@ class Way(Protocol):
         """`J_r J_r^T u_r`: `(R, n, *input_shape)`."""
 
 
+def _else_one_by_one(product: Product) -> Product:
+    """A product that `torch.func` cannot take with this loss is taken by plain autograd."""
+
+    @wraps(product)
+    def wrapped(self: ForwardOverReverse, *arguments: Any, **options: Any) -> Any:
+        if self.slower is None:
+            try:
+                return product(self, *arguments, **options)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError, TypeError, ValueError):
+                self.slower = ReverseOverReverse(self.problems, with_targets=self.with_targets)
+        return getattr(self.slower, product.__name__)(*arguments, **options)
+
+    return wrapped  # type: ignore[return-value]
+
+
 class ForwardOverReverse:
-    """All problems at once through `torch.func`."""
+    """All problems at once through `torch.func`; `slower`: the way for what that cannot take, once it is found out."""
 
     def __init__(self, problems: Problems, *, with_targets: bool = False) -> None:
         self.problems, self.with_targets = problems, with_targets
+        self.slower: ReverseOverReverse | None = None
 
+    @_else_one_by_one
     def gradients(self) -> Gradient:
         """Each problem's gradient: `(R, *parameter_shape)`."""
         p = self.problems
@@ -57,6 +79,7 @@ class ForwardOverReverse:
             own = vmap(grad(p.loss), in_dims=(None, 0, 0, 0))(p.parameters, p.inputs, p.rest, p.row_or_zero)
         return _materialised(own)
 
+    @_else_one_by_one
     def rmatvec(self, u: Tensor) -> Gradient:
         """`J_r^T u_r`."""
         p = self.problems
@@ -67,6 +90,7 @@ class ForwardOverReverse:
         with differentiable():
             return _materialised(vmap(one)(p.inputs, p.rest, p.row_or_zero, u))
 
+    @_else_one_by_one
     def matvec(self, delta: Mapping[str, Tensor], *, then: bool = False) -> Tensor:
         """`J_r delta_r`."""
         p = self.problems
@@ -79,6 +103,7 @@ class ForwardOverReverse:
         with differentiable():
             return vmap(one, in_dims=(0, 0, 0, None if shared else 0))(p.inputs, p.rest, p.row_or_zero, rows)
 
+    @_else_one_by_one
     def matvec_with_targets(self, delta: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """The transpose of the gradient's derivative, problem by problem under one map.
 
@@ -96,6 +121,7 @@ class ForwardOverReverse:
             found = vmap(one)(p.inputs, p.rest, p.row_or_zero, dict(delta))
         return found[0], found[1] if self.with_targets else None
 
+    @_else_one_by_one
     def gram(self, u: Tensor) -> Tensor:
         """`J_r J_r^T u_r`, no parameter-sized vector outside the map."""
         p = self.problems
@@ -130,6 +156,7 @@ class _Graph:
             variables = [self.x, *self.leaves.values()]
             slopes = torch.autograd.grad(loss, variables, create_graph=True, materialize_grads=True)
             self.by_x, self.by_parameters = slopes[0], dict(zip(self.leaves, slopes[1:], strict=True))
+            _check_twice_differentiable(slopes)
 
     def transposed(self, u: Tensor) -> Gradient:
         """`grad_theta <grad_x l, u>`."""
@@ -148,6 +175,13 @@ class _Graph:
             return tuple(torch.zeros_like(v) for v in variables)
         slopes, weights = zip(*moving, strict=True)
         return torch.autograd.grad(slopes, variables, weights, retain_graph=True, materialize_grads=True)
+
+
+def _check_twice_differentiable(slopes: tuple[Tensor, ...]) -> None:
+    """Raises for a backward that only says that it cannot be differentiated: autograd passes it by in silence."""
+    for node in graph_nodes(slopes):
+        if "Error" in node.name():
+            raise RuntimeError("a function that is `once_differentiable` is in the model")
 
 
 class ReverseOverReverse:

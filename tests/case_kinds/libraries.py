@@ -349,7 +349,7 @@ CASES: list[Case] = [
     wrapped("model.compile()", compiled_in_place),
     wrapped("a compiled submodule", compiled_within),
     wrapped("a compiled forward", compiled_forward),
-    wrapped("torch.jit.script", torch.jit.script),
+    case("torch.jit.script", small(torch.jit.script, mlp), "wrapped", refused=r"torch\.jit"),
     case("LightningModule", lightning_module, "wrapped"),
     case("a loss that is the model's method", loss_of_the_model, "wrapped"),
 ]

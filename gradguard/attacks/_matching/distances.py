@@ -48,9 +48,13 @@ def best_scale(own: Gradient, sent: Gradient, weights: Mapping[str, float] | Non
     return inner(own, sent, weights) / square.clamp_min(torch.finfo(square.dtype).tiny)
 
 
+def _row_sums(product: Tensor) -> Tensor:
+    return product.reshape(len(product), -1).sum(1)
+
+
 def inner(one: Gradient, other: Gradient, weights: Mapping[str, float] | None = None) -> Tensor:
     """`sum_n weights[n] <one_n, other_n>`: `(T,)`."""
-    parts = [(one[n] * other[n]).flatten(1).sum(1) * (1.0 if weights is None else weights.get(n, 1.0)) for n in one]
+    parts = [_row_sums(one[n] * other[n]) * (1.0 if weights is None else weights.get(n, 1.0)) for n in one]
     return torch.stack(torch.broadcast_tensors(*parts)).sum(0)
 
 
