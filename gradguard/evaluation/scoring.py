@@ -130,7 +130,7 @@ def guess_psnr(inputs: Tensor, attacked: Sequence[int], *, threat: ThreatModel) 
     guesses = [torch.full_like(inputs, (low + high) / 2)]
     if len(inputs) > 1:
         guesses.append((inputs.sum(0) - inputs) / (len(inputs) - 1))
-    errors = torch.stack([(guess - inputs).square().flatten(1).mean(1) for guess in guesses])
+    errors = torch.stack([(guess - inputs).square().reshape(len(inputs), -1).mean(1) for guess in guesses])
     mse = errors.min(0).values[list(attacked)].clamp_min(torch.finfo(torch.float64).tiny)
     return (20 * math.log10(high - low) - 10 * torch.log10(mse)).tolist()
 

@@ -60,13 +60,19 @@ def contribution(
             whole = Batch(inputs, rest, function.outputs(parameters, inputs, rest))
     fixed = function.with_loss(_OthersFixed(function, whole, index))
     share = fixed.gradient_at(parameters, some, known)
-    own = function.gradient_at(parameters, some, known)
-    a, b = flatten(own), flatten(share)
+    b = flatten(share)
     if not bool(b.abs().max() > 0):
         raise InputError(
             f"The loss gives the examples {examples} no weight in this batch (an ignored label, a class weight of "
             "zero), so its gradient does not show them. Leave them out."
         )
+    try:
+        own = function.gradient_at(parameters, some, known)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a loss that does not take so few examples
+        return Contribution(fixed, some, known, share, 1.0)
+    a = flatten(own)
     scale = (a @ b) / (a @ a).clamp_min(torch.finfo(a.dtype).tiny)
     if bool((b - scale * a).norm() <= PARALLEL * b.norm()):
         return Contribution(function, some, known, own, float(scale))

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gradguard.errors import InputError, UnsupportedModelError
+from gradguard.errors import InputError
 from gradguard.functional.choice import WayName, name_of, way_of
 from gradguard.functional.contribution import Contribution, contribution
 from gradguard.functional.loss_gradient import LossGradient
@@ -26,7 +26,7 @@ from gradguard.functional.precision import full_precision
 from gradguard.functional.problems import Batch, Problems, is_separable_by_class
 from gradguard.functional.structures import Rest, map_rest, map_rows, output_tensors, rows_of, with_rows
 from gradguard.functional.vectors import Gradient, flatten, unflatten
-from gradguard.functional.ways import Way
+from gradguard.functional.ways import Way, failures_named
 from gradguard.linalg import LinearOperator
 
 #: Outputs of the same examples in other company that differ by more than this share of the largest are coupled.
@@ -41,15 +41,8 @@ def _naming_what_fails(product: Product) -> Product:
 
     @wraps(product)
     def wrapped(self: InputJacobian, *arguments: Any, **options: Any) -> Any:
-        try:
+        with failures_named(self.gradient):
             return product(self, *arguments, **options)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:
-            raise UnsupportedModelError(
-                f"{type(self.gradient.model).__name__} with {self.gradient.loss_fn} cannot be differentiated twice: "
-                f"{str(error).splitlines()[0]} Replace the layer or the loss that has no second derivative."
-            ) from error
 
     return wrapped  # type: ignore[return-value]
 

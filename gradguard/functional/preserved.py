@@ -154,8 +154,7 @@ def cast_state(module: nn.Module | None, dtype: torch.dtype | None) -> Iterator[
                 other = {n: v for n, v in slots.items() if v is not None and v.is_floating_point() and v.dtype != dtype}
                 if other:
                     kept.append((slots, dict(slots)))
-                    for name, value in other.items():
-                        slots[name] = value.detach().to(dtype)
+                    slots |= {n: v.detach().to(dtype) for n, v in other.items()}
         yield
     finally:
         for slots, before in kept:

@@ -8,8 +8,8 @@ twice, which takes whatever can be differentiated twice, one problem at a time. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, Protocol, TypeVar
 
@@ -17,12 +17,28 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 
+from gradguard.errors import UnsupportedModelError
 from gradguard.functional.loss_gradient import LossGradient, differentiable, graph_nodes
 from gradguard.functional.problems import Batch, Problems
 from gradguard.functional.structures import Rest, rows_of, targets_of
 from gradguard.functional.vectors import Gradient
 
 Product = TypeVar("Product", bound=Callable[..., Any])
+
+
+@contextmanager
+def failures_named(function: LossGradient) -> Iterator[None]:
+    """What a user's model or loss raises within becomes an `UnsupportedModelError` that names both."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        said = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise UnsupportedModelError(
+            f"{type(function.model).__name__} with {function.loss_fn} cannot be differentiated twice: {said}. Replace "
+            "the layer or the loss that has no second derivative."
+        ) from error
 
 
 class Way(Protocol):

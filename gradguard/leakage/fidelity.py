@@ -70,11 +70,11 @@ def fidelity(
         raise InputError(f"`value_range` must be (low, high) with low < high, got {value_range}.")
     guess = torch.nan_to_num(reconstruction.detach(), nan=(low + high) / 2).clamp(low, high).double().cpu()
     truth = truth.detach().double().cpu()
-    pairwise = torch.cdist(truth.flatten(1), guess.flatten(1)) ** 2
+    pairwise = torch.cdist(truth.reshape(len(truth), -1), guess.reshape(len(guess), -1)) ** 2
     _, columns = linear_sum_assignment(pairwise.numpy())
     assignment = torch.from_numpy(columns)
     matched = guess[assignment]
-    mse = (matched - truth).square().flatten(1).mean(dim=1)
+    mse = (matched - truth).square().reshape(len(truth), -1).mean(dim=1)
     pairs = list(zip(matched[:, None], truth[:, None], strict=True))
     psnr = torch.stack([peak_signal_noise_ratio(g, t, data_range=high - low) for g, t in pairs])
     ssim = torch.stack([_ssim(g, t, high - low) for g, t in pairs])
@@ -104,7 +104,7 @@ def mean_picture_psnr(truth: Tensor, pictures: Tensor, *, value_range: tuple[flo
         raise InputError(f"`pictures` must be (N, *input_shape), got {tuple(pictures.shape)} for {tuple(truth.shape)}.")
     guess = pictures.double().mean(0, keepdim=True).expand_as(truth)
     low, high = value_range
-    mse = (guess - truth.double()).square().flatten(1).mean(1)
+    mse = (guess - truth.double()).square().reshape(len(truth), -1).mean(1)
     return 10 * torch.log10((high - low) ** 2 / mse.clamp_min(torch.finfo(torch.float64).tiny))
 
 

@@ -22,6 +22,7 @@ from gradguard.functional.precision import full_precision
 from gradguard.functional.problems import Problems
 from gradguard.functional.structures import Rest, map_rest, rows_of
 from gradguard.functional.vectors import Gradient
+from gradguard.functional.ways import failures_named
 from gradguard.threats.observation import Observation
 
 #: Labels that are held fixed, one distribution per example beside its inputs, or one for the whole batch.
@@ -176,8 +177,15 @@ class Trials:
         """
         soft = isinstance(targets, Tensor) and targets.is_floating_point()
         if self.observation.local is None:
-            way = way_of(Problems(self.function, self.parameters, inputs, targets), with_targets=soft)
-            return way.gradients(), way.matvec_with_targets
+            with failures_named(self.function):
+                way = way_of(Problems(self.function, self.parameters, inputs, targets), with_targets=soft)
+                own = way.gradients()
+
+            def pull_back(change: Gradient) -> tuple[Tensor, Tensor | None]:
+                with failures_named(self.function):
+                    return way.matvec_with_targets(change)
+
+            return own, pull_back
 
         def one(x: Tensor, y: Tensor) -> Gradient:
             return self.observation.gradient(self.parameters, x, y)
