@@ -157,7 +157,11 @@ class LayerByLayer:
         if self._targets is None:
             return self.matvec(delta), None
         by_inputs, by_targets = torch.autograd.grad(
-            self._values, [self._x, self._targets], self._chosen(self._cotangents(delta)), retain_graph=True
+            self._values,
+            [self._x, self._targets],
+            self._chosen(self._cotangents(delta)),
+            retain_graph=True,
+            materialize_grads=True,
         )
         return by_inputs.reshape(self.shape), by_targets
 
