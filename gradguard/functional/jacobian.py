@@ -353,6 +353,13 @@ class InputJacobian:
         if count == 1:
             return self
         index = torch.arange(self.num_problems, device=self.inputs.device).repeat_interleave(count)
+        if not self.per_example:
+            inputs, targets = self._inputs[index], rows_of(self._targets, index)
+            many = InputJacobian.of_trials(
+                self.gradient, inputs, targets, chunk_size=self.chunk_size, way=self._given_way
+            )
+            many.parameters = self.parameters
+            return many
         other = self._of(index)
         other._distinct = False
         if self._given_way is None:

@@ -96,7 +96,10 @@ def test_an_attack_that_works_bare_and_fails_on_what_is_sent_is_proof(verdicts, 
     [
         (0.5, r"Told gets \d\.\d dB from the bare gradient, where a guess gets"),
         (InputError("no such layer"), r"Told cannot run on the bare gradient \(no such layer\)"),
-        (RuntimeError("broken"), r"Told cannot run on the bare gradient \(RuntimeError: broken\)"),
+        (
+            RuntimeError("broken"),
+            r"Told cannot run on the bare gradient \(Told cannot work on .*RuntimeError: broken\)",
+        ),
     ],
 )
 def test_an_attack_that_fails_without_a_defense_proves_nothing(verdicts, told, bare, words):
@@ -115,9 +118,9 @@ def test_one_attack_that_works_is_enough(verdicts, told):
 def test_an_attack_that_breaks_on_what_is_sent_proves_nothing(verdicts, told):
     for verdict in verdicts(told(noisy=RuntimeError("singular"))):
         assert verdict.decision == "unproven"
-        assert "works on the bare gradient and cannot run on what is sent (RuntimeError: singular)" in " ".join(
-            verdict.reasons
-        )
+        reasons = " ".join(verdict.reasons)
+        assert "works on the bare gradient and cannot run on what is sent (Told cannot work on" in reasons
+        assert "RuntimeError: singular)" in reasons
 
 
 def test_the_policy_may_accept_it_by_name(verdicts, told):
@@ -186,7 +189,7 @@ def test_the_bare_gradient_is_attacked_with_the_same_start(told, convnet, cross_
     true = LossGradient(convnet, cross_entropy)(*batch)
     noisy = NOISE(true, generator=torch.Generator().manual_seed(0))
     guard = Guard(attacks=(attack,), threat=ThreatModel(max_attacked=1))
-    _, verdict = guard.protect(convnet, cross_entropy, *batch, noisy)
+    _, verdict = guard.protect(convnet, cross_entropy, *batch, noisy, declared=NOISE)
     assert verdict.decision == "send"
     assert verdict.measures["bare_attacked_psnr"] > 100
     assert len(calls) == 2
