@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 
-from gradguard.errors import UnsupportedModelError
+from gradguard.errors import InputError, UnsupportedModelError
 from gradguard.functional.loss_gradient import LossGradient, differentiable, graph_nodes
 from gradguard.functional.problems import Batch, Problems
 from gradguard.functional.structures import Rest, rows_of, targets_of
@@ -31,9 +31,9 @@ def failures_named(function: LossGradient) -> Iterator[None]:
     """What a user's model or loss raises within becomes an `UnsupportedModelError` that names both."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, InputError):
         raise
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, IndexError, TypeError, ValueError) as error:
         said = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise UnsupportedModelError(
             f"{type(function.model).__name__} with {function.loss_fn} cannot be differentiated twice: {said}. Replace "

@@ -327,7 +327,7 @@ class ScaleLayer(BilinearLayer):
         shape = self._weight.shape
         if self.trailing:
             return k.reshape(problems, -1, *shape).sum(1)
-        return k.flatten(2).sum(-1).reshape(problems, -1, *shape).sum(1)
+        return k.reshape(*k.shape[:2], -1).sum(-1).reshape(problems, -1, *shape).sum(1)
 
     def spread_bias(self, biases: Tensor, k: Tensor) -> Tensor:
         """Per problem, at every position."""
