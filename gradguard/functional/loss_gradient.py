@@ -287,7 +287,7 @@ class LossGradient:
         """The scalar loss of a batch's outputs."""
         if self._company is not None:
             rest = self.cast(self._company[1])
-        targets = rest if self._template is None else self._template.fill(rest_like(rest), rest)[1]
+        targets = rest if self._template is None else self._template.fill_targets(rest)
         with cast_state(loss_module(self.loss_fn), self.dtype):
             return self.loss_fn(outputs, as_loss_takes_them(targets, outputs))
 
@@ -425,8 +425,7 @@ class LossGradient:
         with torch.no_grad():
             outputs = function.checked_outputs(function.cast(inputs.detach()), function.cast(targets))
             check_labels(outputs, targets if isinstance(targets, Tensor) else targets.get(TARGETS), self.loss_fn)
-            loss = check_loss(lambda: function.loss_of(outputs, function.cast(targets)), self.loss_fn)
-        del loss
+            check_loss(lambda: function.loss_of(outputs, function.cast(targets)), self.loss_fn)
         return outputs
 
     def checked_outputs(self, inputs: Tensor, rest: Rest) -> Any:
@@ -519,11 +518,6 @@ def differentiable(twice: bool = True) -> Iterator[None]:
         if twice:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
-
-
-def rest_like(rest: Rest) -> Tensor:
-    """Some tensor, for a template of which only the targets are wanted."""
-    return next(iter(rest.values())) if isinstance(rest, dict) else rest
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

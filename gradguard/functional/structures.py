@@ -54,7 +54,15 @@ class Template:
                 return leaf
             return private if leaf.name is None else rest[leaf.name]
 
-        return pytree.tree_map(filled, self.inputs), pytree.tree_map(filled, self.targets)
+        return pytree.tree_map(filled, self.inputs), self.fill_targets(rest)
+
+    def fill_targets(self, rest: Mapping[str, Tensor]) -> Any:
+        """The targets with the holes filled."""
+
+        def filled(leaf: Any) -> Any:
+            return rest[leaf.name] if isinstance(leaf, Hole) and leaf.name is not None else leaf
+
+        return pytree.tree_map(filled, self.targets)
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -161,11 +169,6 @@ def targets_of(rest: Rest) -> Tensor | None:
         return rest
     parts = [part for name, part in rest.items() if name.split(".")[0] == TARGETS]
     return parts[0] if len(parts) == 1 else None
-
-
-def count_rows(rest: Rest) -> int:
-    """The number of examples."""
-    return len(next(iter(rest.values()))) if isinstance(rest, dict) else len(rest)
 
 
 # ---------------------------------------------------------------------- outputs

@@ -19,7 +19,7 @@ from torch.func import grad, jvp, vjp, vmap
 
 from gradguard.errors import InputError, UnsupportedModelError
 from gradguard.functional.loss_gradient import LossGradient, differentiable, graph_nodes
-from gradguard.functional.problems import Batch, Problems
+from gradguard.functional.problems import Problems
 from gradguard.functional.structures import Rest, rows_of, targets_of
 from gradguard.functional.vectors import Gradient
 
@@ -302,12 +302,6 @@ def twice(model: nn.Module) -> ExitStack:
     if any(isinstance(module, nn.RNNBase) for module in model.modules()) and torch.backends.cudnn.is_available():
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
     return stack
-
-
-def whole_batch(function: LossGradient, inputs: Tensor, rest: Rest) -> Batch:
-    """A batch and the model's outputs on it: one forward pass."""
-    with torch.no_grad():
-        return Batch(inputs, rest, function.outputs(function.parameters(), inputs, rest))
 
 
 def _materialised(gradient: Gradient) -> Gradient:
