@@ -88,6 +88,11 @@ def cover(
     return Covered(message=message, bare=names)
 
 
+def isotropic(gradient: Gradient, ratio: float | Tensor, generator: torch.Generator | None = None) -> Gradient:
+    """Every tensor with Gaussian noise of `ratio` times its own norm (in expectation): for what no model holds."""
+    return {n: _noisy(g, torch.ones_like(g, dtype=torch.bool), ratio, generator, n) for n, g in gradient.items()}
+
+
 def _refuse(defense: Defense, names: Sequence[str]) -> None:
     if names:
         raise InputError(
