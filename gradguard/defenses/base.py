@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from gradguard.defenses.stream import SEEDED, MessageNoise, fresh_noise
+from gradguard.defenses.draws import isotropic, randn, scaled_to
+from gradguard.defenses.protector import Protector
+from gradguard.defenses.release import Release
+from gradguard.defenses.strengths import require_positive
+from gradguard.defenses.stream import SEEDED, MessageNoise, NoiseStream, fresh_noise
 from gradguard.errors import InputError, SeededNoiseWarning
 from gradguard.functional.checks import check_gradient
 from gradguard.functional.jacobian import InputJacobian
-from gradguard.functional.vectors import Gradient, add, norm
+from gradguard.functional.vectors import Gradient, add
+from gradguard.threats.knowledge import Knowledge
+
+__all__ = ["Defense", "isotropic", "randn", "require_positive", "scaled_to"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,53 +78,59 @@ class Defense(ABC):
             generator = fresh_noise(next((g.device for g in gradient.values()), "cpu"))
         return self.perturbation(gradient, jacobian, generator=generator)
 
+    def start(
+        self,
+        key: bytes | None = None,
+        *,
+        run: bytes = b"",
+        secure: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Protector:
+        """This defense at work on the messages of one sender, one after the other.
+
+        Args:
+            key: of the secret noise, 32 bytes (default: new ones from the operating system). With the same key, `run`
+                and state a stream goes on after an interruption.
+            run: a public label of the stream.
+            secure: see `NoiseStream`: for an (epsilon, delta) claim.
+            generator: a seeded generator in the place of the key, for tests and benchmarks; it warns.
+
+        Returns:
+            The protector: `protector.protect(release)` for each message.
+
+        Raises:
+            InputError: if both a key and a generator are given.
+        """
+        if key is not None and generator is not None:
+            raise InputError("Give a `key` or a seeded `generator`, not both.")
+        if generator is not None and self.random and not isinstance(generator, MessageNoise):
+            warnings.warn(f"{self.name}: {SEEDED}", SeededNoiseWarning, stacklevel=2)
+        return self._protector(NoiseStream(key, run=run, secure=secure), generator)
+
+    def knowledge(self, release: Release, message: Gradient) -> Knowledge:
+        """What the receiver of `message` knows of how it was made, the secret numbers apart.
+
+        Default: for noise its mean square in each tensor; for a defense that draws nothing, which elements it set to
+        zero. A defense that can say more overrides this, and is then attacked by someone who knows more.
+
+        Args:
+            release: what was protected.
+            message: what is sent.
+
+        Returns:
+            The declaration that adaptive attacks are built from.
+        """
+        if self.random:
+            return Knowledge(variance={n: (message[n] - g).square().mean() for n, g in release.gradient.items()})
+        zeroed = any(bool(((message[n] == 0) & (g != 0)).any()) for n, g in release.gradient.items())
+        return Knowledge(mask={n: m != 0 for n, m in message.items()} if zeroed else None)
+
+    def _protector(self, stream: NoiseStream, generator: torch.Generator | None) -> Protector:
+        """The running thing; a defense with a state over rounds returns a subclass."""
+        return Protector(self, stream, generator=generator)
+
     @abstractmethod
     def perturbation(
         self, gradient: Gradient, jacobian: InputJacobian | None = None, *, generator: torch.Generator | None = None
     ) -> Gradient:
         """`delta`: what to add to `gradient`, one tensor per parameter."""
-
-
-def require_positive(**values: float) -> None:
-    """Raises `InputError` for a strength that is not a positive, finite number."""
-    for name, value in values.items():
-        if not 0 < value < float("inf"):
-            raise InputError(f"`{name}` must be positive and finite, got {value}.")
-
-
-def scaled_to(delta: Gradient, length: Tensor) -> Gradient:
-    """`delta` scaled to the norm `length` (a scalar tensor); zero stays zero."""
-    scale = length / norm(delta).clamp_min(torch.finfo(length.dtype).tiny)
-    return {n: d * scale for n, d in delta.items()}
-
-
-def isotropic(gradient: Tensor, noise_ratio: float, generator: torch.Generator | None, name: str) -> Tensor:
-    """Independent Gaussian noise on one tensor, in expectation `noise_ratio` times as long as the tensor."""
-    std = noise_ratio * torch.linalg.vector_norm(gradient) / max(gradient.numel(), 1) ** 0.5
-    return std * randn(gradient.shape, gradient, generator, name)
-
-
-def randn(
-    shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch.Generator | None, name: str = ""
-) -> Tensor:
-    """Standard normal numbers like `like`.
-
-    Without a generator they come from a new key; from a message's noise by the `name` of the tensor that they are for
-    (see `gradguard.defenses.stream`). A seeded generator draws on its own device; a float64 gradient then gets float64
-    noise, any other float32 noise, several times faster: the same generator gives different numbers to the two.
-
-    Args:
-        shape: of the noise.
-        like: whose dtype and device the noise takes.
-        generator: where it comes from.
-        name: the address within a message; what is drawn again under one name are other numbers.
-
-    Returns:
-        Noise of shape `shape`.
-    """
-    if generator is None:
-        generator = fresh_noise()
-    if isinstance(generator, MessageNoise):
-        return generator.normal(name, shape).to(like)
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device).to(like)

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from gradguard.defenses.base import Defense, randn
+from gradguard.defenses.draws import randn
 from gradguard.errors import InputError
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.reach import unreached_parameters
 from gradguard.functional.vectors import Gradient, norm
+
+if TYPE_CHECKING:
+    from gradguard.defenses.base import Defense
 
 Uncovered = Literal["noise", "refuse"]
 

@@ -127,6 +127,30 @@ class NoiseStream:
             total += _normal(seed + bytes([part]), count)
         return total.mul_(0.5).reshape(shape)
 
+    def part(self, name: str) -> NoiseStream:
+        """An independent stream of the same key, such as for one step of several: its rounds are its own.
+
+        Args:
+            name: of the part, public.
+
+        Returns:
+            The stream, at round 0.
+        """
+        return NoiseStream(self._hash(b"part" + name.encode(), 64), secure=self.secure)
+
+    def skip_to(self, round: int) -> None:
+        """Rounds before `round` are taken as given out: what a resumed stream begins with.
+
+        Args:
+            round: of the next message.
+
+        Raises:
+            InputError: if it lies before rounds that have been given out already.
+        """
+        if round < self._next:
+            raise InputError(f"The noise stream stands at round {self._next} and cannot go back to {round}.")
+        self._next = round
+
     # ------------------------------------------------------------------ the key
 
     def _set_key(self, key: bytes, run: bytes = b"") -> None:

@@ -1,0 +1,73 @@
+"""Laws in space: where in the message noise goes, apart from how much of it and how it hangs together over rounds.
+
+A law is a linear map from standard normal numbers to noise of unit size: `E |n|^2 = P`, one unit in the mean for each
+element, whatever the law. Strengths multiply it, schedules decide where the numbers come from.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from gradguard.defenses.release import Release
+from gradguard.functional.vectors import Gradient
+from gradguard.threats.knowledge import Knowledge
+
+
+class Shape(ABC):
+    """A law at one release: what it took to prepare (eigenvectors, curvature) is in here."""
+
+    @abstractmethod
+    def draw(self, source: torch.Generator) -> Gradient:
+        """Noise of unit size, drawn by the tensors' names with `gradguard.defenses.randn`.
+
+        Args:
+            source: a message's noise, or a seeded generator.
+
+        Returns:
+            One tensor per parameter of the release.
+        """
+
+    @abstractmethod
+    def knowledge(self, std: float) -> Knowledge:
+        """What the receiver knows of noise drawn from this shape and multiplied by `std`.
+
+        Args:
+            std: positive, gradient units.
+
+        Returns:
+            Its covariance, as `variance` or `displacement`.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Law(ABC):
+    """Options of a law. A subclass is a frozen, keyword-only dataclass that defines `prepare`."""
+
+    #: Whether the map is the same in every round, so that noise may be correlated over rounds: where it is not, the next
+    #: message's noise would show this one's outside of its own range.
+    fixed: ClassVar[bool] = False
+    #: Whether the numbers are drawn for the examples ("inputs") and not for the parameters: permanent noise needs it.
+    by_example: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """The law's name in tables."""
+        return type(self).__name__
+
+    @abstractmethod
+    def prepare(self, release: Release) -> Shape:
+        """The law at `release`.
+
+        Args:
+            release: the message with what the law needs of its batch.
+
+        Returns:
+            Its shape there.
+
+        Raises:
+            InputError: if the law cannot work on this release.
+        """

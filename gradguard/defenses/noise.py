@@ -1,0 +1,111 @@
+"""Noise: a law in space x a schedule over rounds x a strength."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from gradguard.defenses.base import Defense
+from gradguard.defenses.coverage import Uncovered
+from gradguard.defenses.laws import Isotropic, Law
+from gradguard.defenses.protector import Protector
+from gradguard.defenses.release import Release, Sent
+from gradguard.defenses.schedules import Fresh, Schedule
+from gradguard.defenses.stream import NoiseStream, fresh_noise
+from gradguard.defenses.strengths import Ratio, Strength
+from gradguard.errors import InputError
+from gradguard.functional.jacobian import InputJacobian
+from gradguard.functional.vectors import Gradient, add, norm
+from gradguard.threats.knowledge import Knowledge
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise(Defense):
+    """Add noise: `law` says where, `schedule` how messages hang together, `strength` how much.
+
+    Args:
+        law: Where noise goes. Default: the same on every element.
+        schedule: Over rounds. Default: new noise for every message.
+        strength: How much.
+
+    Raises:
+        InputError: If the schedule cannot be used with the law.
+    """
+
+    law: Law = field(default_factory=Isotropic)
+    schedule: Schedule = field(default_factory=Fresh)
+    strength: Strength = field(default_factory=lambda: Ratio(value=0.5))
+
+    def __post_init__(self) -> None:
+        for name, kind in (("law", Law), ("schedule", Schedule), ("strength", Strength)):
+            if not isinstance(getattr(self, name), kind):
+                raise InputError(
+                    f"`{name}` must be a gradguard.defenses {kind.__name__}, got {type(getattr(self, name)).__name__}."
+                )
+        self.schedule.check(self.law)
+
+    def perturbation(self, gradient: Gradient, jacobian: InputJacobian | None = None, *, generator=None) -> Gradient:
+        """Noise for one message alone; a schedule with a memory is refused."""
+        if self.schedule.stateful:
+            raise InputError(
+                f"{self.schedule.name} noise hangs together over messages, so a single call cannot draw it. Start it: "
+                "`protector = defense.start()`, and `protector.protect(release)` for each message."
+            )
+        release = Release(gradient) if jacobian is None else Release.of(jacobian, gradient)
+        source = fresh_noise(release.device) if generator is None else generator
+        shape = self.law.prepare(release)
+        std = self.strength.std(release, shape)
+        return {n: std * value for n, value in shape.draw(source).items()}
+
+    def _protector(self, stream: NoiseStream, generator: torch.Generator | None) -> NoiseProtector:
+        return NoiseProtector(self, stream, generator=generator)
+
+
+class NoiseProtector(Protector):
+    """`Noise` at work: the schedule's filter, and the noise of message after message."""
+
+    def __init__(
+        self,
+        defense: Noise,
+        stream: NoiseStream | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        uncovered: Uncovered = "noise",
+    ) -> None:
+        super().__init__(defense, stream, generator=generator, uncovered=uncovered)
+        self.noise = defense
+        self.filter = defense.schedule.start(self.stream, generator)
+
+    def _protect(self, release: Release) -> Sent:
+        shape = self.noise.law.prepare(release)
+        std = self.noise.strength.std(release, shape)
+        white = std * self.filter.gain
+        source = self.filter.source(release)
+        delta = {n: white * value for n, value in shape.draw(source).items()}
+        shown = white * self.filter.marginal()
+        knowledge = shape.knowledge(shown) if std > 0 else shape.knowledge(0.0)
+        length = norm(delta).item()
+        return Sent(
+            message=add(release.gradient, delta),
+            sensitivity=release.sensitivity,
+            knowledge=_declared(knowledge, self, white),
+            cost={"std": std, "shown_std": shown, "noise_ratio": length / max(release.norm, 1e-300)},
+        )
+
+    def _withdraw(self) -> None:
+        self.filter.withdraw()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `Protector.state_dict`, with the filter's memory."""
+        return super().state_dict() | {"filter": self.filter.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `Protector.load_state_dict`, with the filter's memory."""
+        super().load_state_dict(state)
+        self.filter.load_state_dict(state["filter"])
+
+
+def _declared(knowledge: Knowledge, protector: NoiseProtector, white: float) -> Knowledge:
+    return replace(knowledge, filter=protector.filter.knowledge(white), secret=protector.secret)
