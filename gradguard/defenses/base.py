@@ -12,8 +12,8 @@ import torch
 from gradguard.defenses.draws import isotropic, randn, scaled_to
 from gradguard.defenses.protector import Protector
 from gradguard.defenses.release import Release
-from gradguard.defenses.strengths import require_positive
 from gradguard.defenses.stream import SEEDED, MessageNoise, NoiseStream, fresh_noise
+from gradguard.defenses.strengths import require_positive
 from gradguard.errors import InputError, SeededNoiseWarning
 from gradguard.functional.checks import check_gradient
 from gradguard.functional.jacobian import InputJacobian

@@ -58,14 +58,11 @@ class Compose(Defense):
     def perturbation(self, gradient: Gradient, jacobian: InputJacobian | None = None, *, generator=None) -> Gradient:
         """The difference that all steps make; a step with a memory over rounds is refused."""
         release = Release(gradient) if jacobian is None else Release.of(jacobian, gradient)
-        message = self._started(NoiseStream(), generator, "noise").protect(release).message
+        message = self._protector(NoiseStream(), generator).protect(release).message
         return add(message, gradient, -1.0)
 
     def _protector(self, stream: NoiseStream, generator: torch.Generator | None) -> Protector:
-        return self._started(stream, generator, "noise")
-
-    def _started(self, stream: NoiseStream, generator: torch.Generator | None, uncovered: Uncovered) -> ComposeProtector:
-        return ComposeProtector(self, stream, generator=generator, uncovered=uncovered)
+        return ComposeProtector(self, stream, generator=generator)
 
 
 class ComposeProtector(Protector):
@@ -86,7 +83,9 @@ class ComposeProtector(Protector):
         ]
 
     def _protect(self, release: Release) -> Sent:
-        now, knowledge, cost, bare = release, NOTHING_DONE, {}, []
+        now, knowledge = release, NOTHING_DONE
+        cost: dict[str, float] = {}
+        bare: list[str] = []
         done: list[Protector] = []
         try:
             for step in self.steps:

@@ -1,4 +1,4 @@
-"""A defense at work on one client's messages: the noise stream, the memory over rounds, and what to do when one stays."""
+"""A defense at work on one client's messages: the noise stream, the memory over rounds, and taking one back."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Release:
         sensitivity: float | None = None,
     ) -> None:
         if gradient is None and (loss_gradient is None or inputs is None):
-            raise InputError("A release needs its `gradient`, or `loss_gradient`, `inputs` and `targets` to compute it.")
+            raise InputError("A release needs its `gradient`, or `loss_gradient`, `inputs` and `targets`.")
         if loss_gradient is not None and inputs is not None:
             loss_gradient, inputs, targets = loss_gradient.bind(inputs, targets)
         if gradient is not None:

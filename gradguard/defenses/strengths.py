@@ -101,6 +101,6 @@ class NoiseMultiplier(Strength):
         if release.sensitivity is None:
             raise InputError(
                 "A noise multiplier is relative to what one example can change the message by, and nothing bounds that "
-                "here. Clip first: `Compose(steps=(ClipPerExample(max_norm=1.0), Noise(strength=NoiseMultiplier(...))))`."
+                "here. Clip first: `Compose(steps=(ClipPerExample(max_norm=1), Noise(strength=NoiseMultiplier(...))))`."
             )
         return self.value * release.sensitivity

@@ -71,8 +71,8 @@ class Knowledge:
         transforms: the deterministic steps, in order.
         scale: the factor on the gradient before noise; `None`: unknown to the attacker (clipping by a secret norm).
         mask: which elements carry anything, a bool tensor for each parameter; what is False was not sent.
-        left_out: parameters whose gradient says nothing reliable of the input, since the defense works on them (Soteria's
-            layer, PRECODE's bottleneck): an attack does better without them.
+        left_out: parameters whose gradient says nothing reliable of the input, since the defense works on them
+            (Soteria's layer, PRECODE's bottleneck): an attack does better without them.
         random_model: whether the model itself draws secret randomness in the forward pass.
         secret: whether the noise came from the operating system's entropy and not from a seed.
     """

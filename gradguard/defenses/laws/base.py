@@ -47,8 +47,8 @@ class Shape(ABC):
 class Law(ABC):
     """Options of a law. A subclass is a frozen, keyword-only dataclass that defines `prepare`."""
 
-    #: Whether the map is the same in every round, so that noise may be correlated over rounds: where it is not, the next
-    #: message's noise would show this one's outside of its own range.
+    #: Whether the map is the same in every round, so that noise may be correlated over rounds. Where it is not, the
+    #: next message's noise would show this one's outside of its own range.
     fixed: ClassVar[bool] = False
     #: Whether the numbers are drawn for the examples ("inputs") and not for the parameters: permanent noise needs it.
     by_example: ClassVar[bool] = False

@@ -16,7 +16,7 @@ from gradguard.threats.knowledge import Knowledge
 
 @dataclass(frozen=True, kw_only=True)
 class Isotropic(Law):
-    """`N(0, I)` on the elements of the message: the only law with an (epsilon, delta) guarantee here, after clipping."""
+    """`N(0, I)` on the elements of the message: after clipping the only law here with an (epsilon, delta)."""
 
     fixed: ClassVar[bool] = True
 
