@@ -57,7 +57,7 @@ class Noise(Defense):
         source = fresh_noise(release.device) if generator is None else generator
         shape = self.law.prepare(release)
         std = self.strength.std(release, shape)
-        return {n: std * value for n, value in shape.draw(source).items()}
+        return shape.draw(source, std)
 
     def _protector(self, stream: NoiseStream, generator: torch.Generator | None) -> NoiseProtector:
         return NoiseProtector(self, stream, generator=generator)
@@ -83,7 +83,7 @@ class NoiseProtector(Protector):
         std = self.noise.strength.std(release, shape)
         white = std * self.filter.gain
         source = self.filter.source(release)
-        delta = {n: white * value for n, value in shape.draw(source).items()}
+        delta = shape.draw(source, white)
         shown = white * self.filter.marginal()
         knowledge = shape.knowledge(shown) if std > 0 else shape.knowledge(0.0)
         length = norm(delta).item()

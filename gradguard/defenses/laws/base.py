@@ -1,7 +1,7 @@
 """Laws in space: where in the message noise goes, apart from how much of it and how it hangs together over rounds.
 
-A law is a linear map from standard normal numbers to noise of unit size: `E |n|^2 = P`, one unit in the mean for each
-element, whatever the law. Strengths multiply it, schedules decide where the numbers come from.
+A law turns standard normal numbers into noise of a size: `E |n|^2 = P std^2`, `std` in the mean for each element,
+whatever the law. Strengths decide `std`, schedules where the numbers come from.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ class Shape(ABC):
     """A law at one release: what it took to prepare (eigenvectors, curvature) is in here."""
 
     @abstractmethod
-    def draw(self, source: torch.Generator) -> Gradient:
-        """Noise of unit size, drawn by the tensors' names with `gradguard.defenses.randn`.
+    def draw(self, source: torch.Generator, std: float) -> Gradient:
+        """Noise, drawn by the tensors' names with `gradguard.defenses.randn`.
 
         Args:
             source: a message's noise, or a seeded generator.
+            std: its root mean square, gradient units, not negative. A law may have another shape at another size.
 
         Returns:
             One tensor per parameter of the release.
@@ -33,7 +34,7 @@ class Shape(ABC):
 
     @abstractmethod
     def knowledge(self, std: float) -> Knowledge:
-        """What the receiver knows of noise drawn from this shape and multiplied by `std`.
+        """What the receiver knows of noise of size `std` drawn from this shape.
 
         Args:
             std: positive, gradient units.

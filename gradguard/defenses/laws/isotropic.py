@@ -29,8 +29,8 @@ class _Isotropic(Shape):
     def __init__(self, like: Gradient) -> None:
         self.like = like
 
-    def draw(self, source: torch.Generator) -> Gradient:
-        return {n: randn(g.shape, g, source, n) for n, g in self.like.items()}
+    def draw(self, source: torch.Generator, std: float) -> Gradient:
+        return {n: std * randn(g.shape, g, source, n) for n, g in self.like.items()}
 
     def knowledge(self, std: float) -> Knowledge:
         return Knowledge(variance=std**2)
