@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from gradguard.defenses.base import Defense, randn, require_positive
+from gradguard.defenses.noise import Noise
+from gradguard.defenses.recipe import Recipe
+from gradguard.defenses.strengths import Ratio, Std, require_positive
 from gradguard.errors import InputError
-from gradguard.functional.jacobian import InputJacobian
-from gradguard.functional.vectors import Gradient, norm
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaussianNoise(Defense):
+class GaussianNoise(Recipe):
     """Add `N(0, std^2)` to every element of the gradient. Give one of the two strengths.
 
     Args:
@@ -34,10 +32,8 @@ class GaussianNoise(Defense):
             raise InputError(f"Give exactly one of `noise_ratio` and `std`, got {self.noise_ratio} and {self.std}.")
         require_positive(**({"std": self.std} if self.std is not None else {"noise_ratio": self.noise_ratio or 0.0}))
 
-    def perturbation(self, gradient: Gradient, jacobian: InputJacobian | None = None, *, generator=None) -> Gradient:
-        """Independent Gaussian noise per element."""
-        if self.noise_ratio is None:
-            std: float | Tensor = self.std or 0.0
-        else:
-            std = self.noise_ratio * norm(gradient) / sum(g.numel() for g in gradient.values()) ** 0.5
-        return {n: std * randn(g.shape, g, generator, n) for n, g in gradient.items()}
+    def made_of(self) -> Noise:
+        """Independent noise on each element, new for every message."""
+        if self.std is not None:
+            return Noise(strength=Std(value=self.std))
+        return Noise(strength=Ratio(value=self.noise_ratio or 0.0))

@@ -1,6 +1,7 @@
 """Laws in space: where in the message noise goes."""
 
 from gradguard.defenses.laws.base import Law, Shape
+from gradguard.defenses.laws.in_range import InRange, PriorDirections, SmallEigenspace
 from gradguard.defenses.laws.isotropic import Isotropic
 
-__all__ = ["Isotropic", "Law", "Shape"]
+__all__ = ["InRange", "Isotropic", "Law", "PriorDirections", "Shape", "SmallEigenspace"]
