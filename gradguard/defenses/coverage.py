@@ -71,6 +71,27 @@ def cover(
     message = defense(gradient, jacobian, generator=generator)
     if not getattr(defense, "random", True):
         return Covered(message=message)
+    return cover_message(defense, gradient, message, uncovered, generator)
+
+
+def cover_message(
+    defense: Defense, gradient: Gradient, message: Gradient, uncovered: Uncovered, generator: torch.Generator | None
+) -> Covered:
+    """`message`, what a noise made of `gradient`, and nothing of it bare: the second half of `cover`.
+
+    Args:
+        defense: for messages.
+        gradient: before the noise.
+        message: after it; changed in place where it is bare.
+        uncovered: as in `cover`.
+        generator: of the noise that is added.
+
+    Returns:
+        The message and the names of the tensors that got noise.
+
+    Raises:
+        InputError: as `cover`.
+    """
     length = norm(gradient)
     if not length > 0:
         return Covered(message=message)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gradguard.defenses.base import Defense
-from gradguard.defenses.coverage import Uncovered
+from gradguard.defenses.coverage import Covered, Uncovered, cover_message
 from gradguard.defenses.laws import Isotropic, Law
 from gradguard.defenses.protector import Protector
 from gradguard.defenses.release import Release, Sent
@@ -45,6 +45,11 @@ class Noise(Defense):
                     f"`{name}` must be a gradguard.defenses {kind.__name__}, got {type(getattr(self, name)).__name__}."
                 )
         self.schedule.check(self.law)
+
+    @property
+    def needs_jacobian(self) -> bool:  # type: ignore[override]
+        """Whether the law does."""
+        return self.law.needs_jacobian
 
     def perturbation(self, gradient: Gradient, jacobian: InputJacobian | None = None, *, generator=None) -> Gradient:
         """Noise for one message alone; a schedule with a memory is refused."""
@@ -87,8 +92,12 @@ class NoiseProtector(Protector):
         shown = white * self.filter.marginal()
         knowledge = shape.knowledge(shown) if std > 0 else shape.knowledge(0.0)
         length = norm(delta).item()
+        covered = Covered(message=add(release.gradient, delta))
+        if std > 0 and not self.noise.law.covers:
+            covered = cover_message(self.noise, release.gradient, covered.message, self.uncovered, source)
         return Sent(
-            message=add(release.gradient, delta),
+            message=covered.message,
+            bare=covered.bare,
             sensitivity=release.sensitivity,
             knowledge=_declared(knowledge, self, white),
             cost={"std": std, "shown_std": shown, "noise_ratio": length / max(release.norm, 1e-300)},

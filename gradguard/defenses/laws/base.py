@@ -53,6 +53,10 @@ class Law(ABC):
     fixed: ClassVar[bool] = False
     #: Whether the numbers are drawn for the examples ("inputs") and not for the parameters: permanent noise needs it.
     by_example: ClassVar[bool] = False
+    #: Whether it reaches every element of every message.
+    covers: ClassVar[bool] = False
+    #: Whether it has to know how the gradient depends on the inputs.
+    needs_jacobian: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

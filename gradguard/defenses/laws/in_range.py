@@ -1,7 +1,7 @@
 """Noise in the range of `J^T`: to move the attacker's picture by `d`, send `g + J^T d`.
 
-`(J J^T)^{-1} J` is the pseudo-inverse of `J^T`, so `J^T d` is the shortest perturbation that moves a matching attacker's
-reconstruction by `d`; to first order it is the gradient of the pictures `x + d`. All that a law in the range chooses is
+`(J J^T)^{-1} J` is the pseudo-inverse of `J^T`, so `J^T d` is the shortest perturbation that moves the reconstruction of
+a matching attacker by `d`; to first order it is the gradient of the pictures `x + d`. All that a law in the range chooses is
 the law of `d`. It costs one pass. Noise in the range of one message's `J^T` lies outside that of the next message's, so
 it is never correlated over rounds.
 """
@@ -44,11 +44,12 @@ class Displacement:
 class InRange(Law):
     """The frame: a subclass defines `displacement`, the law of `d`.
 
-    Every example of the batch gets a `d` of its own; the gradient of the batch carries the sum. A tensor that `J^T` does
-    not reach (an auxiliary head that `loss_fn(model(x))` leaves out, a table beside its embeddings, parameters of the
+    Every example of the batch gets a `d` of its own; the gradient of the batch carries the sum. A tensor that `J^T`
+    does not reach (an auxiliary head that `loss_fn(model(x))` leaves out, a table beside its embeddings, parameters of the
     loss) would leave bare: it gets isotropic noise in the proportion of its own norm.
     """
 
+    needs_jacobian: ClassVar[bool] = True
     by_example: ClassVar[bool] = True
 
     def prepare(self, release: Release) -> Shape:
@@ -151,7 +152,9 @@ class SmallEigenspace(InRange):
             InputError: If the Jacobian is the joint operator of a batch.
         """
         if not jacobian.per_example:
-            raise InputError("Small-eigenvalue noise works per example: pass `InputJacobian(..., per_example=True)`.")
+            raise InputError(
+                "Small-eigenvalue noise works per example: pass an `InputJacobian(..., per_example=True)`."
+            )
         eigen = spectrum(jacobian, self.leading, generator=source)
         if eigen.complete or fits_dense(jacobian):
             # What the gradient does not show at all cannot be moved: J^T would return its rounding errors.
@@ -165,12 +168,10 @@ class SmallEigenspace(InRange):
             coefficients = noise.gather(1, (index - first).clamp_min(0)) * inside
             value = torch.einsum("rk,rkn->rn", coefficients, eigen.vectors)
             kept = eigen.vectors * inside[..., None]
-            return _shaped(
-                jacobian, value, lambda u: torch.einsum("rk,rkn->rn", torch.einsum("rkn,rn->rk", kept, u), kept)
-            )
+            return _shaped(jacobian, value, lambda u: _projected(u, kept))
 
         def outside(u: Tensor) -> Tensor:
-            return u - torch.einsum("rk,rkn->rn", torch.einsum("rkn,rn->rk", eigen.vectors, u), eigen.vectors)
+            return u - _projected(u, eigen.vectors)
 
         noise = randn(jacobian.inputs.shape, jacobian.inputs, source, "inputs").flatten(1)
         return _shaped(jacobian, outside(noise), outside)
@@ -180,6 +181,11 @@ def _shaped(jacobian: InputJacobian, value: Tensor, covariance: Callable[[Tensor
     """A displacement and a covariance on flat vectors, in the inputs' shape."""
     shape = jacobian.inputs.shape
     return Displacement(value.reshape(shape), lambda u: covariance(u.flatten(1)).reshape(u.shape))
+
+
+def _projected(u: Tensor, rows: Tensor) -> Tensor:
+    """`u` `(R, n)` projected on orthonormal rows `(R, k, n)`."""
+    return torch.einsum("rk,rkn->rn", torch.einsum("rkn,rn->rk", rows, u), rows)
 
 
 def _scaled(product: Product | None, scale: float) -> Product | None:

@@ -19,6 +19,7 @@ class Isotropic(Law):
     """`N(0, I)` on the elements of the message: after clipping the only law here with an (epsilon, delta)."""
 
     fixed: ClassVar[bool] = True
+    covers: ClassVar[bool] = True
 
     def prepare(self, release: Release) -> Shape:
         """Nothing to prepare."""
