@@ -60,7 +60,19 @@ class Defense(ABC):
     def checked_perturbation(
         self, gradient: Gradient, jacobian: InputJacobian | None = None, *, generator: torch.Generator | None = None
     ) -> Gradient:
-        """`perturbation`, after checking what it is given; without a generator the noise is secret."""
+        """`perturbation`, after checking what it is given.
+
+        Args:
+            gradient: One tensor per parameter.
+            jacobian: Of that gradient by the inputs, for a defense that needs it.
+            generator: Of the noise. Default: a new key from the operating system, so that the noise is secret.
+
+        Returns:
+            What to add to `gradient`, one tensor per parameter.
+
+        Raises:
+            InputError: The gradient is not finite, or the Jacobian is missing.
+        """
         check_gradient(gradient, gradient)
         if self.needs_jacobian and jacobian is None:
             raise InputError(
@@ -76,7 +88,16 @@ class Defense(ABC):
     def perturbation(
         self, gradient: Gradient, jacobian: InputJacobian | None = None, *, generator: torch.Generator | None = None
     ) -> Gradient:
-        """`delta`: what to add to `gradient`, one tensor per parameter."""
+        """`delta`, what to add to `gradient`.
+
+        Args:
+            gradient: One tensor per parameter.
+            jacobian: Of that gradient by the inputs, for a defense that needs it.
+            generator: Of the noise.
+
+        Returns:
+            One tensor per parameter, in the parameter's shape.
+        """
 
 
 def require_positive(**values: float) -> None:
@@ -87,13 +108,31 @@ def require_positive(**values: float) -> None:
 
 
 def scaled_to(delta: Gradient, length: Tensor) -> Gradient:
-    """`delta` scaled to the norm `length` (a scalar tensor); zero stays zero."""
+    """`delta` scaled to a norm; zero stays zero.
+
+    Args:
+        delta: One tensor per parameter.
+        length: The norm over all of them, a scalar tensor.
+
+    Returns:
+        One tensor per parameter.
+    """
     scale = length / norm(delta).clamp_min(torch.finfo(length.dtype).tiny)
     return {n: d * scale for n, d in delta.items()}
 
 
 def isotropic(gradient: Tensor, noise_ratio: float, generator: torch.Generator | None, name: str) -> Tensor:
-    """Independent Gaussian noise on one tensor, in expectation `noise_ratio` times as long as the tensor."""
+    """Independent Gaussian noise on one tensor.
+
+    Args:
+        gradient: Of any shape.
+        noise_ratio: The noise's length relative to the tensor's, in expectation of the square.
+        generator: Of the noise.
+        name: Of the tensor, see `randn`.
+
+    Returns:
+        The noise alone, in the tensor's shape.
+    """
     std = noise_ratio * torch.linalg.vector_norm(gradient) / max(gradient.numel(), 1) ** 0.5
     return std * randn(gradient.shape, gradient, generator, name)
 
