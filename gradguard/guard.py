@@ -41,14 +41,23 @@ DEFAULT_ATTACKS: tuple[Attack, ...] = (RGAP(), DLG(), ILRG())
 class Guard:
     """Measure, perturb, attack, judge.
 
-    `defense`: what to add to a gradient (`None`: nothing). `attacks`: what to prove it with (default: R-GAP, DLG and
-    iLRG; `()` for none). `policy`: what is asked of a gradient. `threat`: what the attacker knows.
-    `train_mode`: see `LossGradient`: what to do with modules that mix examples or are random in training mode.
-    `max_iterations`: of the influence solver on inputs too large for a dense Jacobian; where it runs out, the
-    prediction is too low, the report says that it did not converge, and a verdict that rests on it is "unproven".
-    `uncovered`: what becomes of tensors of a message that the defense leaves as they are: "noise" covers them with
-    isotropic noise at the same ratio, "refuse" raises (see `gradguard.defenses.coverage`).
-    `input_module`, `private`: see `LossGradient`: the module that looks tokens up, and which input is private.
+    Args:
+        defense: What to add to a gradient. `None`: nothing.
+        attacks: What to prove it with. Default: R-GAP, DLG and iLRG. `()`: none, so that verdicts rest on the
+            closed-form measures alone.
+        policy: What is asked of a gradient. Default: `Policy()`.
+        threat: What the attacker knows. Default: `ThreatModel()`.
+        train_mode: What to do with modules that mix examples or are random in training mode, see `LossGradient`.
+        max_iterations: Iterations of the influence solver on inputs too large for a dense Jacobian, at most. If the
+            limit is reached, the prediction is too low, the report says that it did not converge, and a verdict that
+            rests on it is "unproven".
+        uncovered: What becomes of tensors of a message that the defense leaves as they are. "noise" covers them with
+            isotropic noise at the same ratio, "refuse" raises (see `gradguard.defenses.coverage`).
+        input_module: The name of the module that looks tokens up, see `LossGradient`.
+        private: Which leaf of the inputs is private where they are a tuple or a mapping, see `LossGradient`.
+
+    Raises:
+        InputError: `defense` is no `Defense`, one of `attacks` is no `Attack`, or `uncovered` is none of its values.
     """
 
     def __init__(
@@ -259,7 +268,18 @@ class Guard:
     # ------------------------------------------------------------------ the parts, for loops of one's own
 
     def loss_gradient(self, model: nn.Module, loss_fn: LossFunction) -> LossGradient:
-        """The pure gradient that this guard measures: in at least float32, whatever the model's dtype."""
+        """The pure gradient that this guard measures: in at least float32, whatever the model's dtype.
+
+        Args:
+            model: At the weights that the gradient is of.
+            loss_fn: `(outputs, targets) -> scalar`.
+
+        Returns:
+            The loss gradient, with the guard's `train_mode`, `input_module` and `private`.
+
+        Raises:
+            InputError: What the constructor of `LossGradient` raises.
+        """
         function = LossGradient(
             model, loss_fn, train_mode=self.train_mode, input_module=self.input_module, private=self.private
         )
@@ -296,11 +316,22 @@ class Guard:
     ) -> Measures:
         """The closed-form measures of sending `sent` where `true` is the batch's gradient.
 
-        `exact`: solve for the influence itself, in float64 where the Jacobian is small enough to be formed; `False`
-        leaves it at the lower bound (a training loop's step). `tolerance`, `confidence`, `start`: of the bound, see
-        `influence_lower_bound`; `start` takes the `vectors` of an earlier measurement. `generator`: of the solvers'
-        starts (default: the same each time).
-        Raises `InputError` for inputs outside the threat model's value range.
+        Args:
+            jacobian: Of the batch, `R` problems.
+            true: The batch's gradient, one tensor per parameter.
+            sent: What is sent. It may lack parameters: what an attacker sees is measured.
+            exact: Solve for the influence itself, in float64 where the Jacobian is small enough to be formed. `False`
+                leaves `predicted_error` at the lower bound (a training loop's step).
+            tolerance: Of the lower bound, relative, see `influence_lower_bound`.
+            confidence: Of the lower bound, a probability or `None`, see `influence_lower_bound`.
+            start: `(R, D)`, the `vectors` of an earlier measurement.
+            generator: Draws the solvers' starts. Default: the same each time.
+
+        Returns:
+            The measures, one per problem.
+
+        Raises:
+            InputError: The inputs lie outside the threat model's value range, or nothing was sent.
         """
         self.threat.check_inputs(jacobian.inputs)
         return measure(
@@ -316,7 +347,16 @@ class Guard:
         )
 
     def judge_report(self, report: LeakageReport, *, defended: bool) -> Verdict:
-        """The policy's verdict on what an audit found: of the gradient as sent (`defended`), or of the bare one."""
+        """The policy's verdict on what an audit found.
+
+        Args:
+            report: Of an audit with this guard's attacks.
+            defended: `True` judges the gradient as sent, `False` the bare one.
+
+        Returns:
+            "block" where there is a complaint; else "perturb" (`defended`) or "send"; "unproven" in the place of these
+                two where nothing proves it.
+        """
         judged = judge(self.policy, evidence_of(report, "with" if defended else "without", self.attacks))
         if judged.complaints:
             return judged.verdict("block", *judged.complaints, *judged.caveats)

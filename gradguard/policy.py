@@ -12,8 +12,12 @@ from gradguard.errors import InputError
 class Rule:
     """One threshold: which measure it judges, from which side, and what it says.
 
-    `measure`: its name in the measures; `option`: the policy's field; `is_maximum`; `what`: what it judges, in words;
-    `complaint`: with the value and the limit.
+    Args:
+        measure: Its name in the measures.
+        option: The policy's field with the threshold.
+        is_maximum: Whether the measure must not exceed the threshold. `False`: it must not fall below it.
+        what: What it judges, in words.
+        complaint: A format string for the value and the threshold.
     """
 
     measure: str
@@ -59,19 +63,23 @@ RULES = (
 class Policy:
     """Thresholds that a gradient must meet to be sent. `None` leaves a threshold out; a verdict says which are.
 
-    `minimum_predicted_error`: of the worst example, the root mean squared error per element that I2F predicts for
-        gradient matching, as a fraction of the value range (0.1 is a PSNR of 20 dB). It is no limit: an attacker who
-        also knows what pictures look like can come closer.
-    `maximum_attacked_psnr`: dB, of the best attack on the worst example. Only where attacks are run.
-    `maximum_attacked_ssim`: in [-1, 1], of the best attack on the worst example, where inputs are pictures: whether it
-        can be recognised, which PSNR does not say. The default, 0.9, is by scikit-learn's digits (8x8): another picture
-        of the same class gets 0.89 or less (95% of 64; median 0.72), the mean of the others 0.73 at most, and noise at
-        20 dB leaves 0.94 or more. On larger pictures it is lenient (noise at 20 dB leaves 0.57 at 32x32): set a lower
-        one, such as 0.5.
-    `maximum_label_recovery`: `IRec`, the share of the batch's labels that is recovered, in [0, 1]. Off by default:
-        noise that hides pictures rarely hides labels, and many uses do not ask it to.
-    `accept_unproven`: let a gradient be sent that meets the thresholds though nothing proves it: no attack works
-        without a defense either, or the predictions did not converge. The verdict still says so.
+    Args:
+        minimum_predicted_error: Of the worst example, the root mean squared error per element that I2F (Zhang et al.
+            2023, Eq. 4) predicts for gradient matching, as a share of the value range, at least 0 (0.1 is a PSNR of 20
+            dB). An attacker who also knows what pictures look like can come closer.
+        maximum_attacked_psnr: Of the best attack on the worst example, dB. It judges only where attacks are run.
+        maximum_attacked_ssim: Of the best attack on the worst example where inputs are pictures, in [-1, 1]: whether it
+            can be recognised, which PSNR does not say. The default was measured on scikit-learn's digits (8x8). Another
+            picture of the same class gets 0.89 or less (95% of 64; median 0.72), the mean of the others 0.73 at most,
+            and noise at 20 dB leaves 0.94 or more. On larger pictures the default is lenient (noise at 20 dB leaves
+            0.57 at 32x32): set a lower one there, such as 0.5.
+        maximum_label_recovery: `IRec`, the share of the batch's labels that is recovered, in [0, 1]. Off by default:
+            noise that hides pictures rarely hides labels, and many uses do not ask it to.
+        accept_unproven: Let a gradient be sent that meets the thresholds though nothing proves it: no attack works
+            without a defense either, or the predictions did not converge. The verdict still says so.
+
+    Raises:
+        InputError: A threshold is outside its range or not a number.
     """
 
     minimum_predicted_error: float | None = 0.1
@@ -96,7 +104,14 @@ class Policy:
         return getattr(self, rule.option)
 
     def judges(self, *measures: str) -> bool:
-        """Whether any of these measures has a threshold."""
+        """Whether any of these measures has a threshold.
+
+        Args:
+            *measures: Names, as in `Rule.measure`.
+
+        Returns:
+            `True` if one of them has.
+        """
         return any(rule.measure in measures and self.limit(rule) is not None for rule in RULES)
 
     def complaints(self, measures: Mapping[str, float]) -> list[str]:
@@ -122,7 +137,15 @@ class Policy:
         return found
 
     def not_judged(self, measures: Mapping[str, float] | None = None) -> list[str]:
-        """What this policy leaves out, a sentence each, with the value where `measures` has one."""
+        """What this policy leaves out, in words.
+
+        Args:
+            measures: The measured numbers by name. With `label_recovery` among them, the sentence on labels gives its
+                value.
+
+        Returns:
+            One sentence per threshold that is `None`.
+        """
         found = []
         for rule in RULES:
             if self.limit(rule) is None:

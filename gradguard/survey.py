@@ -69,28 +69,42 @@ def survey(
 ) -> Survey:
     """Measure every example of `data` by itself: as a batch of one, what an attacker sees who knows all the others.
 
-    `data`: a `torch.utils.data.Dataset` of `(input, target)`; an iterable of batches `(inputs, targets)` such as an
-    unshuffled `DataLoader`; a pair of tensors; or `gradguard.zoo.pictures.Pictures`. Examples go to the model's device.
-    `defense`: what perturbs each example's gradient. The default relates the noise to the example's own gradient;
-    `GaussianNoise(std=...)` is the same noise for all.
-    `exact`: also solve for the predicted error (I2F) itself, in float64 where the Jacobian is small enough to be
-    formed: many times the cost of the lower bound, whose order need not be the error's.
-    `examples`: only the first so many.
-    `batch_size`: examples at a time. It bounds memory (a few times `batch_size * P` elements); no number depends on it
-    beyond rounding. Default: 64, fewer for large models.
-    `checkpoint`: a file that holds what is measured so far, a `Survey` like the result. It is written every few seconds
-    and when the pass ends, by an exception or Ctrl-C too; the same call then goes on from there, and gives the same
-    result as an uninterrupted one. Data that were measured are read again, to see that they are the same.
-    `seed`: the random numbers of example `i` are those of `(seed, i)` and of nothing else: a generator's would depend
-    on where the pass was interrupted. They are drawn on a CUDA model's device, else on the CPU.
-    `class_names`: default: the data set's own. `train_mode`: see `LossGradient`.
-    `lanczos_steps`: for `lambda_max`, the same number for every example, since a joint stopping rule would make an
-    example's number depend on its neighbours. `max_iterations`: of the exact solver on inputs too large for a dense
-    Jacobian. `value_range`: of valid inputs; others are refused, since an error is judged in it. `None` allows all.
-    `progress`: a bar on standard error, where that is a terminal.
+    Args:
+        model: At the weights that are measured.
+        loss_fn: `(outputs, targets) -> scalar`.
+        data: A `torch.utils.data.Dataset` of `(input, target)`; an iterable of batches `(inputs, targets)` such as an
+            unshuffled `DataLoader`; a pair of tensors `(N, *input_shape)` and `(N, ...)`; or
+            `gradguard.zoo.pictures.Pictures`. Examples go to the model's device.
+        defense: What perturbs each example's gradient. The default relates the noise to the example's own gradient;
+            `GaussianNoise(std=...)` is the same noise for all.
+        exact: Also solve for the predicted error (I2F; Zhang et al. 2023, Eq. 4) itself, in float64 where the Jacobian
+            is small enough to be formed. It costs many times the lower bound (Eq. 5), and the two may order examples
+            differently.
+        examples: Only the first so many, at least 1. Default: all.
+        batch_size: Examples at a time, at least 1. It bounds memory (a few times `batch_size * P` elements); no number
+            depends on it beyond rounding. Default: 64, fewer for large models.
+        checkpoint: A file that holds what is measured so far, a `Survey` like the result. It is written every few
+            seconds and when the pass ends, by an exception or Ctrl-C too. The same call then goes on from there, and
+            gives the same result as an uninterrupted one. Data that were measured are read again, to see that they are
+            the same.
+        seed: The random numbers of example `i` are those of `(seed, i)` and of nothing else, so that they do not depend
+            on where the pass was interrupted. They are drawn on a CUDA model's device, else on the CPU.
+        class_names: One per class. Default: the data set's own.
+        train_mode: See `LossGradient`.
+        lanczos_steps: Steps for `lambda_max`, at least 1. Fixed per example, so that results do not depend on the
+            batch.
+        max_iterations: Of the exact solver on inputs too large for a dense Jacobian, at least 1.
+        value_range: `(low, high)` of valid inputs; others are refused, since an error is judged in it. `None` allows
+            all.
+        progress: A bar on standard error, where that is a terminal.
 
-    Raises `InputError` for data that cannot be measured, naming the example, and for a checkpoint of another model, of
-    other data or of other options, naming the difference.
+    Returns:
+        The numbers per example, in the order of `data`, and what follows from them per class.
+
+    Raises:
+        InputError: Data cannot be measured (the message names the example), an option is outside its range, or the
+            checkpoint is of another model, of other data or of other options (the message names the difference).
+        UnsupportedModelError: The model mixes examples or is random in training mode, see `train_mode`.
     """
     for name, value in (("lanczos_steps", lanczos_steps), ("max_iterations", max_iterations)):
         _require_at_least_one(name, value)

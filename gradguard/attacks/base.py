@@ -44,18 +44,18 @@ class Attack(ABC):
         return type(self).__name__
 
     def __call__(self, observation: Observation, *, generator: torch.Generator | None = None) -> Reconstruction:
-        """Attack. `generator`: all of the attack's randomness; the same generator state gives the same result.
+        """Attack.
 
         Args:
-            observation: what the attacker sees.
-            generator: all of the attack's randomness; the same state gives the same result.
+            observation: What the attacker sees.
+            generator: All of the attack's randomness; the same state gives the same result.
 
         Returns:
             What was found. `details["scale"]` is the factor of the sent gradient that the matching loss is taken with.
 
         Raises:
-            InputError: before any long work, for an observation or a generator that cannot be used.
-            UnsupportedModelError: if the attack cannot work on this model, or the model fails during the attack.
+            InputError: Before any long work, for an observation or a generator that cannot be used.
+            UnsupportedModelError: The attack cannot work on this model, or the model fails during the attack.
         """
         check_generator(generator)
         self.check_all(observation)
@@ -112,7 +112,16 @@ class Attack(ABC):
 
     @abstractmethod
     def run(self, observation: Observation, generator: torch.Generator | None) -> Reconstruction:
-        """The attack itself."""
+        """The attack itself. Called by `__call__`, after the checks.
+
+        Args:
+            observation: With the factor of the sent gradient divided out: its `scale` is 1, or `None` where it is
+                unknown.
+            generator: All of the attack's randomness.
+
+        Returns:
+            What was found; `__call__` fills in `attack`, `matching_loss` and `seconds`.
+        """
 
 
 def check_generator(generator: object) -> None:
@@ -129,7 +138,17 @@ def check_generator(generator: object) -> None:
 def failures_of(attack: Attack, observation: Observation) -> Iterator[None]:
     """What a user's model or loss raises while it is attacked, as an `UnsupportedModelError` that says so.
 
-    Errors of gradguard, of memory and of files, and a user's own exceptions pass as they are.
+    Args:
+        attack: Named in the message.
+        observation: Its model and loss are named in the message.
+
+    Yields:
+        Nothing: what runs inside the block is watched.
+
+    Raises:
+        InputError: As it was raised inside; so do errors of files and a user's own exceptions pass.
+        OutOfMemoryError: As it was raised inside.
+        UnsupportedModelError: In the place of any of `MODEL_ERRORS`.
     """
     try:
         yield
@@ -146,11 +165,21 @@ def failures_of(attack: Attack, observation: Observation) -> Iterator[None]:
 def attack_candidates(
     attack: Attack, candidates: Sequence[Observation], *, generator: torch.Generator | None = None
 ) -> tuple[Reconstruction, int]:
-    """Attack one sent gradient under several guesses at what is not known; the guess that explains it best, and which.
+    """Attack one sent gradient under several guesses at what is not known.
 
-    `candidates`: observations that differ in what the attacker guesses: a client's learning rate, its steps or the size
-    of its batches (`local`), the labels. The matching loss is relative to the sent gradient, so they can be compared.
-    Raises `InputError` if there is none.
+    The matching loss is relative to the sent gradient, so that guesses can be compared by it.
+
+    Args:
+        attack: Run once per guess.
+        candidates: Observations that differ in what the attacker guesses: a client's learning rate, its steps or the
+            size of its batches (`local`), the labels.
+        generator: All of the attack's randomness.
+
+    Returns:
+        The reconstruction with the lowest matching loss (NaN comes last), and its index in `candidates`.
+
+    Raises:
+        InputError: There is no candidate.
     """
     if not candidates:
         raise InputError("There is no candidate to attack: give an observation for each guess.")

@@ -24,21 +24,26 @@ from gradguard.threats.observation import Observation, Reconstruction
 class ILRG(Attack):
     """Ma et al. 2023, "Instance-wise batch label restoration via gradients in federated learning" (ICLR).
 
-    From the gradient of the last layer, weight and bias: `label_counts` `(C,)` that sum to the batch size, and
-    `labels` `(B,)` with each class as often, in ascending order. Knows the model and the batch size; neither inputs
-    nor labels. Converged: the solution rounds to non-negative integers of the right sum without being pushed. Differs
-    from the authors' code in: counts always sum to the batch size (theirs are rounded class by class).
+    From the gradient of the last layer, weight and bias: `label_counts` `(C,)` that sum to the batch size, and `labels`
+    `(B,)` with each class as often, in ascending order. The attacker knows the model and the batch size, and neither
+    inputs nor labels. It has converged if the solution rounds to non-negative integers of the right sum without being
+    pushed. It differs from the authors' code in: counts always sum to the batch size (theirs are rounded class by
+    class).
 
-    `details`: `residual`: relative distance of the last layer's gradient from the one that the answer explains;
-    `refinement`: which answer won, 0 for the paper's; `rounding`: largest change by rounding, in examples;
-    `certainty`: mean over the present classes of their largest probability: near `1/C` on an untrained model, near 1
-    on a trained one, where the method's approximation breaks; `scale`: the factor of the sent gradient, found with the
-    counts where the observation leaves it free; `scale_identified`: false where another factor with other counts
-    explains the gradient as well.
+    `details` has these entries:
+
+    - `residual`: relative distance of the last layer's gradient from the one that the answer explains.
+    - `refinement`: which answer won, 0 for the paper's.
+    - `rounding`: largest change by rounding, in examples.
+    - `certainty`: mean over the present classes of their largest probability. It is near `1/C` on an untrained model,
+    and near 1 on a trained one, where the method's approximation breaks.
+    - `scale`: the factor of the sent gradient, found with the counts where the observation leaves it free.
+    - `scale_identified`: false where another factor with other counts explains the gradient as well.
 
     Args:
-        refinements: 0 is the paper's method. More let it try as many better-conditioned estimates of the features per
-            class, and the answer that explains the last layer's gradient best is kept (see `restore_label_counts`).
+        refinements: At least 0; 0 is the paper's method. More let it try as many better-conditioned estimates of the
+            features per class, and the answer that explains the last layer's gradient best is kept (see
+            `restore_label_counts`).
 
     Raises:
         InputError: If `refinements` is negative.
@@ -95,20 +100,24 @@ class ILRG(Attack):
 class LabelSystem(Attack):
     """Label counts on trained models too, with or without a bias in the head: ours, see `solve_label_system`.
 
-    Knows and returns what `ILRG` does. Where iLRG's answer explains the head's gradient it is the answer. Else, and if
-    the gradient's rank leaves room (a batch smaller than the number of classes), classes are told by linear programs
-    and examples solved one by one; what nothing is certain about is shared out. Converged: iLRG's answer was kept, or
-    nothing had to be shared out. A gradient whose small elements were set to 0 is no longer the system that is solved:
-    iLRG answers.
+    It knows and returns what `ILRG` does. Where iLRG's answer explains the head's gradient it is the answer. Otherwise,
+    and if the gradient's rank leaves room (a batch smaller than the number of classes), classes are told by linear
+    programs and examples are solved one by one; what nothing is certain about is shared out. It has converged if iLRG's
+    answer was kept, or nothing had to be shared out. A gradient whose small elements were set to 0 is no longer the
+    system that is solved: iLRG answers.
 
-    `details`: `examples`, `classes`, `guessed`: how many labels belong to solved examples, to classes told to be there,
-    and to neither; `residual`: what iLRG's answer leaves unexplained; `sparsified`: whether the gradient is; `scale`,
-    `scale_identified`: as in `ILRG`.
+    `details` has these entries:
+
+    - `examples`, `classes`, `guessed`: how many labels belong to solved examples, to classes told to be there, and to
+    neither.
+    - `residual`: what iLRG's answer leaves unexplained.
+    - `sparsified`: whether the gradient is.
+    - `scale`, `scale_identified`: as in `ILRG`.
 
     Args:
         trust: The share of the head's gradient that iLRG's answer may leave unexplained and be kept; not negative. 0
             always solves the system.
-        rounds: Of solving and subtracting; 0 tells classes only.
+        rounds: Of solving and subtracting, at least 0; 0 tells classes only.
 
     Raises:
         InputError: If a value is negative.

@@ -131,7 +131,14 @@ class InitialisationRow:
 
 @dataclass(frozen=True, kw_only=True)
 class InitialisationComparison:
-    """Rows by architecture, then initialisation, in the order given. `noise`: in words; `seeds`; `examples`."""
+    """What `compare_initialisations` found.
+
+    Args:
+        rows: By architecture, then initialisation, in the order given.
+        noise: In words.
+        seeds: One draw of weights and of noise each.
+        examples: How many.
+    """
 
     rows: tuple[InitialisationRow, ...]
     noise: str

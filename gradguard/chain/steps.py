@@ -197,7 +197,14 @@ class Affine:
 
 @dataclass(frozen=True, kw_only=True)
 class Reshape:
-    """The same elements in another shape: flatten, view, reshape."""
+    """The same elements in another shape: flatten, view, reshape.
+
+    Args:
+        name: The module's path.
+        input_shape: Of one example.
+        output_shape: Of one example.
+        kind: The step's type.
+    """
 
     name: str
     input_shape: Shape
@@ -211,7 +218,14 @@ class Reshape:
 
 @dataclass(frozen=True, kw_only=True)
 class Tail:
-    """A softmax over the outputs, after the last layer: part of the loss as far as the recursion is concerned."""
+    """A softmax over the outputs, after the last layer: part of the loss as far as the recursion is concerned.
+
+    Args:
+        name: The module's path.
+        kind: The step's type.
+        function: Of one example's outputs.
+        input_shape: Of one example.
+    """
 
     name: str
     kind: str
@@ -329,7 +343,15 @@ class MeanPool:
 
 @dataclass(frozen=True, kw_only=True)
 class MaxPool:
-    """Maximum pooling. Only in a `Graph`: which element was the largest is not known to the recursion."""
+    """Maximum pooling. Only in a `Graph`: which element was the largest is not known to the recursion.
+
+    Args:
+        name: The module's path.
+        kind: The module's type.
+        function: The pooling of a batch.
+        input_shape: Of one example.
+        output_shape: Of one example.
+    """
 
     name: str
     kind: str
@@ -344,7 +366,14 @@ class MaxPool:
 
 @dataclass(frozen=True, kw_only=True)
 class Sum:
-    """The sum of two values, as in a residual block. Only in a `Graph`."""
+    """The sum of two values, as in a residual block. Only in a `Graph`.
+
+    Args:
+        name: The step's.
+        input_shape: Of each value, one example's.
+        output_shape: Of the sum.
+        kind: The step's type.
+    """
 
     name: str
     input_shape: Shape
@@ -354,7 +383,16 @@ class Sum:
 
 @dataclass(frozen=True, kw_only=True)
 class Residual:
-    """A residual block, `branch(x) + skip(x)`; an empty `skip` is the identity. Only where a `Chain` may have some."""
+    """A residual block, `branch(x) + skip(x)`. Only where a `Chain` may have some.
+
+    Args:
+        name: The block's.
+        branch: Its steps.
+        skip: Its steps; none is the identity.
+        input_shape: Of one example.
+        output_shape: Of one example.
+        kind: The step's type.
+    """
 
     name: str
     branch: tuple[Step, ...]

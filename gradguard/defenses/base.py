@@ -66,7 +66,19 @@ class Defense(ABC):
     def checked_perturbation(
         self, gradient: Gradient, jacobian: InputJacobian | None = None, *, generator: torch.Generator | None = None
     ) -> Gradient:
-        """`perturbation`, after checking what it is given; without a generator the noise is secret."""
+        """`perturbation`, after checking what it is given.
+
+        Args:
+            gradient: One tensor per parameter.
+            jacobian: Of that gradient by the inputs, for a defense that needs it.
+            generator: Of the noise. Default: a new key from the operating system, so that the noise is secret.
+
+        Returns:
+            What to add to `gradient`, one tensor per parameter.
+
+        Raises:
+            InputError: The gradient is not finite, or the Jacobian is missing.
+        """
         check_gradient(gradient, gradient)
         if self.needs_jacobian and jacobian is None:
             raise InputError(
@@ -133,4 +145,13 @@ class Defense(ABC):
     def perturbation(
         self, gradient: Gradient, jacobian: InputJacobian | None = None, *, generator: torch.Generator | None = None
     ) -> Gradient:
-        """`delta`: what to add to `gradient`, one tensor per parameter."""
+        """`delta`, what to add to `gradient`.
+
+        Args:
+            gradient: One tensor per parameter.
+            jacobian: Of that gradient by the inputs, for a defense that needs it.
+            generator: Of the noise.
+
+        Returns:
+            One tensor per parameter, in the parameter's shape.
+        """

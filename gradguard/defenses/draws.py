@@ -10,13 +10,31 @@ from gradguard.functional.vectors import Gradient, norm
 
 
 def scaled_to(delta: Gradient, length: Tensor) -> Gradient:
-    """`delta` scaled to the norm `length` (a scalar tensor); zero stays zero."""
+    """`delta` scaled to a norm; zero stays zero.
+
+    Args:
+        delta: One tensor per parameter.
+        length: The norm over all of them, a scalar tensor.
+
+    Returns:
+        One tensor per parameter.
+    """
     scale = length / norm(delta).clamp_min(torch.finfo(length.dtype).tiny)
     return {n: d * scale for n, d in delta.items()}
 
 
 def isotropic(gradient: Tensor, noise_ratio: float, generator: torch.Generator | None, name: str) -> Tensor:
-    """Independent Gaussian noise on one tensor, in expectation `noise_ratio` times as long as the tensor."""
+    """Independent Gaussian noise on one tensor.
+
+    Args:
+        gradient: Of any shape.
+        noise_ratio: The noise's length relative to the tensor's, in expectation of the square.
+        generator: Of the noise.
+        name: Of the tensor, see `randn`.
+
+    Returns:
+        The noise alone, in the tensor's shape.
+    """
     std = noise_ratio * torch.linalg.vector_norm(gradient) / max(gradient.numel(), 1) ** 0.5
     return std * randn(gradient.shape, gradient, generator, name)
 

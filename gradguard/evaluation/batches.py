@@ -20,7 +20,12 @@ WORK = 20_000_000_000
 
 @dataclass(frozen=True)
 class ExampleWeights:
-    """`weights`: `(B,)`, of each example's own gradient in the message; `distance`: what they leave, relative."""
+    """Whose gradients a message holds.
+
+    Args:
+        weights: `B` numbers: of each example's own gradient in the message.
+        distance: What they leave of the message, relative to its norm.
+    """
 
     weights: tuple[float, ...]
     distance: float

@@ -28,15 +28,20 @@ EXACT = 2e-5
 class Difference:
     """What a message is, compared with a gradient.
 
-    `looks_like`: "gradient" (the same up to arithmetic), "factor" (a positive multiple), "factors" (one for each
-        tensor, as clipping per tensor makes), "rounding", "weight decay", "update" (a negative multiple), "nothing"
-        (only zeros, or only what the gradient does not have), "unexplained".
-    `factor`: of the whole message. `factors`: of each tensor that was sent and is not unreached.
-    `unsent`: tensors that the message lacks or that hold only zeros. `unreached`: tensors that the gradient's function
-        does not reach, but that are not zero in the message. `masked`: share of the other elements that are zero.
-    `distance`: `|message - factor * gradient| / |factor * gradient|` over what was sent, with the factors that
-        `looks_like` grants, and `cosine` of the two before that.
-    `details`: sentences for people on everything that is no plain gradient.
+    Args:
+        looks_like: "gradient" (the same up to arithmetic), "factor" (a positive multiple), "factors" (one for each
+            tensor, as clipping per tensor makes), "rounding", "weight decay", "update" (a negative multiple), "nothing"
+            (only zeros, or only what the gradient does not have), "unexplained".
+        factor: Of the whole message.
+        factors: Of each tensor that was sent and is not unreached.
+        unsent: Tensors that the message lacks or that hold only zeros, though the gradient's do not.
+        unreached: Tensors that the gradient's function does not reach, but that are not zero in the message.
+        masked: Among the gradient's nonzero elements in what was sent, the share that is zero in the message, in [0,
+            1].
+        distance: `|message - factor * gradient| / |factor * gradient|` over what was sent and is not masked, with the
+            factors that `looks_like` grants.
+        cosine: Of the two, before any factor, in [-1, 1].
+        details: Sentences for people on everything that is no plain gradient.
     """
 
     looks_like: Look

@@ -25,9 +25,12 @@ Score = TypeVar("Score", AttackScore, LabelScore)
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a set of attacks got from one gradient: `inputs` and `labels`, by the attack's name.
+    """What a set of attacks got from one gradient.
 
-    An attack on the labels that could not run is in `inputs`, as a score with its `failure`.
+    Args:
+        inputs: By the attack's name. An attack on the labels that could not run is here, too, as a score with its
+            `failure`.
+        labels: By the attack's name.
     """
 
     inputs: dict[str, AttackScore] = field(default_factory=dict)
@@ -38,9 +41,16 @@ class Scores:
 class Evidence:
     """The numbers that a policy judges.
 
-    `predicted_error`: per example, input units; `converged`: whether each of them can be relied on; `size`: elements of
-    an example; `span`: of the value range. `sent`, `bare`: scores on the two gradients; `guess_psnr`: dB per attacked
-    example, of a guess. `attacks`: those that were to run, by name.
+    Args:
+        predicted_error: Per example, in input units (Euclidean norm over the example).
+        converged: Per example, whether its predicted error can be relied on.
+        size: Elements of an example.
+        span: Of the value range, `high - low`.
+        noise_ratio: `|sent - true| / |true|`.
+        sent: Scores on what is sent.
+        bare: Scores on the bare gradient.
+        guess_psnr: Per attacked example, of a guess that looks at no gradient, dB.
+        attacks: Those that were to run, by name.
     """
 
     predicted_error: Sequence[float]
@@ -77,7 +87,16 @@ def of_report(report: LeakageReport, case: Case) -> Scores:
 
 
 def evidence_of(report: LeakageReport, case: Case, attacks: Sequence[Attack]) -> Evidence:
-    """What an audit's report says of one of its gradients; `attacks`: those that the audit ran."""
+    """What an audit's report says of one of its gradients.
+
+    Args:
+        report: Of the audit.
+        case: "without" (the bare gradient) or "with" (as the defense sends it).
+        attacks: Those that the audit ran.
+
+    Returns:
+        The evidence.
+    """
     threat = report.extra.get("threat") or {}
     low, high = threat.get("value_range") or (0.0, 1.0)
     return Evidence(
@@ -94,7 +113,16 @@ def evidence_of(report: LeakageReport, case: Case, attacks: Sequence[Attack]) ->
 
 
 def measures_of(evidence: Evidence) -> dict[str, float]:
-    """The numbers of the worst example and of the best attack, by name."""
+    """The numbers of the worst example and of the best attack, by name.
+
+    Args:
+        evidence: Of one gradient.
+
+    Returns:
+        Those that are known among `predicted_error` (root mean squared error per element, a share of the value range),
+            `attacked_psnr` and `bare_attacked_psnr` (dB), `attacked_ssim` (in [-1, 1]), `label_recovery` and
+            `bare_label_recovery` (`IRec`, in [0, 1]).
+    """
     error = lowest(evidence.predicted_error)
     best = best_labels(evidence.sent.labels)
     bare_labels = best_labels(evidence.bare.labels)

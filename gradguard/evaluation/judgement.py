@@ -29,10 +29,15 @@ from gradguard.threats.model import ThreatModel
 class Judgement:
     """What a policy says of one gradient, and what that rests on.
 
-    `measures`: the numbers that were judged, by name, and those they are compared with; `complaints`: what is wrong, a
-    sentence each; `unproven`: why meeting the policy would prove nothing, a sentence each; `caveats`: what the verdict
-    does not rest on or does not judge; `noise_ratio`: `|sent - true| / |true|`; `scores`, `bare`: of the attacks on
-    what is sent and on the bare gradient. `accepted`: whether the policy accepts what is unproven.
+    Args:
+        measures: The numbers that were judged, and those they are compared with, by name.
+        complaints: What is wrong, a sentence each.
+        unproven: Why meeting the policy would prove nothing, a sentence each.
+        caveats: What the verdict does not rest on or does not judge, a sentence each.
+        noise_ratio: `|sent - true| / |true|`.
+        scores: Of the attacks on what is sent.
+        bare: Of the attacks on the bare gradient.
+        accepted: Whether the policy accepts what is unproven.
     """
 
     measures: dict[str, float]
@@ -82,8 +87,20 @@ def judge(policy: Policy, evidence: Evidence) -> Judgement:
 class Judge:
     """Judges gradients sent in the place of one batch's true gradient: the same attacks, from the same starts.
 
-    `jacobian`: of the batch; `true`: its bare gradient. `verify`: attack too, or judge by the measures alone.
-    `generator`: all randomness. Attacks on the bare gradient run once, when a verdict first needs them.
+    Attacks on the bare gradient run once, when a verdict first needs them.
+
+    Args:
+        jacobian: Of the batch.
+        true: Its bare gradient, one tensor per parameter.
+        attacks: What to attack with.
+        policy: What is asked of a gradient.
+        threat: What the attacker knows.
+        verify: Attack, too. `False` judges by the measures alone.
+        max_iterations: Of the influence solver, see `measure`.
+        generator: All randomness.
+
+    Raises:
+        InputError: The batch lies outside the threat model's value range.
     """
 
     def __init__(
@@ -164,7 +181,16 @@ class Judge:
 
 
 def most_exposed(measures: Measures, threat: ThreatModel) -> list[int]:
-    """Indices of the examples to attack: lowest predicted error first; without noise, steepest gradient first."""
+    """Which examples to attack.
+
+    Args:
+        measures: Of the batch, `(R,)` each.
+        threat: With `others_known=False` all examples are attacked.
+
+    Returns:
+        Indices into the batch, `threat.max_attacked` at most: lowest predicted error first; without noise, largest
+            `lambda_max` first.
+    """
     if not threat.others_known:
         return list(range(len(measures.lambda_max)))
     key = measures.predicted_error if measures.noise_ratio > 0 else -measures.lambda_max

@@ -22,19 +22,24 @@ MAX_ITERATIONS = 300
 
 @dataclass(frozen=True)
 class Measures:
-    """The closed-form part of a measurement, per example (shape `(R,)`).
+    """The closed-form part of a measurement, per example.
 
-    `predicted_error`: I2F (Zhang et al. 2023, Eq. 4) of the difference between the gradient that is sent and the true
-        one, in input units (Euclidean norm over the example): the predicted error of gradient matching. An attacker
-        who also knows what pictures look like can come closer. Infinite where `traceless`.
-    `converged`: of its solver; where it is `False` the value is too small.
-    `lower_bound`: of the predicted error (Eq. 5); `lambda_max`: of `J J^T`.
-    `noise_ratio`: `|sent - true| / |true|`, NaN where no true gradient was given.
-    `vectors`: `(R, D)`, the leading eigenvectors, to start the next measurement from.
-    `projected`: `|J delta|`. `room`: by how much the largest eigenvalue can exceed `lambda_max`.
-    `bound_converged`: whether the bound is as tight as was asked.
-    `traceless`: `J` is zero, so the gradient does not show, to first order, how the example changes. Nothing can be
-        predicted for it: it may be hidden (dead units), or the model may not be differentiable in it (rounding).
+    Args:
+        predicted_error: `(R,)`, I2F (Zhang et al. 2023, Eq. 4) of the difference between the gradient that is sent and
+            the true one, in input units (Euclidean norm over the example): the predicted error of gradient matching. An
+            attacker who also knows what pictures look like can come closer. Infinite where `traceless`. The lower bound
+            where only that was asked for.
+        converged: `(R,)` bool, of the solver of `predicted_error`; where it is `False` the value is too small.
+        lower_bound: `(R,)`, of the predicted error (Eq. 5), in its units. Infinite where `traceless`.
+        lambda_max: `(R,)`, an estimate from below of the largest eigenvalue of `J J^T`.
+        noise_ratio: `|sent - true| / |true|`; NaN where no true gradient was given.
+        vectors: `(R, D)`, the leading eigenvectors, to start the next measurement from.
+        projected: `(R,)`, `|J delta|`.
+        room: `(R,)`, by how much the largest eigenvalue can exceed `lambda_max`, to the confidence asked for.
+        bound_converged: `(R,)` bool, whether the bound is as tight as was asked.
+        traceless: `(R,)` bool: `J` is zero, so the gradient does not show, to first order, how the example changes.
+            Nothing can be predicted for it: it may be hidden (dead units), or the model may not be differentiable in it
+            (rounding).
     """
 
     predicted_error: Tensor

@@ -31,14 +31,21 @@ FOREIGN = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """A message and what it is of.
+    """A message and what it is of. Gradients have one tensor per parameter.
 
-    `given`: one tensor per parameter that it holds. `expected`: what it was declared to be, without noise. `known`:
-    `given` less the noise that it was declared to hold. `true`: the gradient of the batch that it is of, which measures
-    and attacks are about. `inputs`, `targets`: that batch. `difference`: what `given` differs by from `expected`.
-    `amplification`: of `true` in `expected` (`LocalTraining.amplification`). `noise_declared`: whether what it differs
-    by is taken for noise. `sentences`: for people, on everything that is no plain gradient. `beside`: trainable
-    parameters of the loss, which no message of the model's holds. `dropped`: buffers that it held.
+    Args:
+        given: What it holds.
+        expected: What it was declared to be, without noise.
+        known: `given` less the noise that it was declared to hold.
+        true: The gradient of the batch that it is of, which measures and attacks are about.
+        inputs: That batch, `(B, *input_shape)`.
+        targets: Of that batch, `(B, ...)`.
+        difference: By what `given` differs from `expected`.
+        amplification: Of `true` in `expected` (`LocalTraining.amplification`).
+        noise_declared: Whether what it differs by is taken for noise.
+        sentences: For people, on everything that is no plain gradient.
+        beside: Trainable parameters of the loss, which no message of the model's holds.
+        dropped: Buffers that it held.
     """
 
     given: Gradient
@@ -59,14 +66,24 @@ class Message:
 
         Else noise `J^T d` on tensors of different factors would tell of a different `d` in each, and two of them give
         the input away.
+
+        Returns:
+            One tensor per parameter that it holds.
         """
         return {n: g / self.difference.factors.get(n, 1.0) for n, g in self.given.items()}
 
     def in_its_own(self, protected: Gradient, *, masked: bool = True) -> Gradient:
-        """`protected`, in gradient units, in the message's: with its factors, and zero where the message is masked.
+        """A protected message in the message's own units: with its factors, and zero where the message is masked.
 
         A mask is known, so noise on a masked element would be seen bare, and the rest of `J^T d` follows from it.
-        `masked=False` leaves the noise there: what is judged, since an attacker who sees more is judged by more.
+
+        Args:
+            protected: In gradient units, one tensor per parameter that the message holds.
+            masked: `False` leaves the noise on masked elements. That is what is judged, since an attacker who sees more
+                is judged by more.
+
+        Returns:
+            What to send, one tensor per parameter that the message holds.
         """
         sent = {}
         for name, given in self.given.items():
@@ -76,9 +93,14 @@ class Message:
         return sent
 
     def seen(self, sent: Gradient, *, fill_unsent: bool = True) -> Gradient:
-        """What an attacker who knows all but the noise makes of `sent`, in units of the batch's gradient.
+        """What an attacker who knows all but the noise makes of `sent`.
 
-        `fill_unsent`: grant the true values of what was not sent; `False` leaves those names out.
+        Args:
+            sent: In the message's own units.
+            fill_unsent: Grant the true values of what was not sent; `False` leaves those names out.
+
+        Returns:
+            One tensor per parameter, in units of the batch's gradient.
         """
         return seen_by_attacker(
             self.difference,

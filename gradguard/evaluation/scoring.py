@@ -23,8 +23,13 @@ from gradguard.threats.model import ThreatModel
 def named(attacks: Sequence[Attack]) -> dict[str, Attack]:
     """Each attack under a name of its own.
 
-    Its class's name where that is the only one, else with the settings that differ from the defaults, for instance
-    `DLG(restarts=8)`. Attacks that are the same in all of them are numbered.
+    Args:
+        attacks: Any, the same one several times too.
+
+    Returns:
+        The attacks in their order by name: the class's name where that is the only one, else with the settings that
+            differ from the defaults, for instance `DLG(restarts=8)`. Attacks that are the same in all of them are
+            numbered.
     """
     count = Counter(attack.name for attack in attacks)
     names = [attack.name if count[attack.name] == 1 else _with_settings(attack) for attack in attacks]
@@ -62,10 +67,19 @@ def score_attack(
 ) -> AttackScore | LabelScore:
     """One attack on `sent`, scored against the batch that `jacobian` stands at.
 
-    `true`: the batch's gradient; `sent`: what the attacker sees of it. `attacked`: indices of the examples that are
-    attacked, one by one or, where the threat model's attacker does not know the others, together; an attack on labels
-    always gets the whole batch, without its labels. An attack that cannot work here, or breaks, is a score with its
-    `failure`.
+    Args:
+        attack: On inputs, or on labels: that one always gets the whole batch, without its labels.
+        jacobian: Of the batch.
+        true: The batch's gradient, one tensor per parameter.
+        sent: What the attacker sees of it. It may lack parameters.
+        attacked: Indices of the examples that are attacked, one by one or, where the threat model's attacker does not
+            know the others, together.
+        threat: What the attacker knows.
+        seed: Of the attack's starts.
+
+    Returns:
+        A score on inputs or on labels. An attack that cannot work here, or breaks, is an `AttackScore` with its
+            `failure`.
     """
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -100,7 +114,19 @@ def score_attack(
 def observe(
     jacobian: InputJacobian, true: Gradient, sent: Gradient, group: Sequence[int], *, threat: ThreatModel
 ) -> Observation:
-    """What an attacker sees who must find the examples in `group` and knows the rest of the batch."""
+    """What an attacker sees who must find the examples in `group` and knows the rest of the batch.
+
+    Args:
+        jacobian: Of the batch.
+        true: The batch's gradient, one tensor per parameter.
+        sent: What is sent of it.
+        group: Indices into the batch.
+        threat: Whether the attacker has the labels, and the value range.
+
+    Returns:
+        The observation. Its gradient is `sent` less the others' share, in units of the group's own gradient: all of the
+            noise is in it.
+    """
     group = list(group)
     part = jacobian.contribution(group)
     function, inputs, targets = part.function, part.inputs, part.rest
@@ -123,8 +149,16 @@ def observe(
 
 
 def guess_psnr(inputs: Tensor, attacked: Sequence[int], *, threat: ThreatModel) -> list[float]:
-    """dB per attacked example of the best guess that looks at no gradient: the mean of the batch's other examples, or
-    mid-range, whichever is closer to it."""
+    """The PSNR of the best guess that looks at no gradient: the mean of the batch's other examples, or mid-range.
+
+    Args:
+        inputs: `(B, *input_shape)`.
+        attacked: Indices of examples.
+        threat: Its value range is the PSNR's.
+
+    Returns:
+        dB per attacked example, of whichever guess is closer to it.
+    """
     low, high = threat.range_of(inputs)
     inputs = inputs.double()
     guesses = [torch.full_like(inputs, (low + high) / 2)]

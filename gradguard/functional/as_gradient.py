@@ -32,10 +32,11 @@ WRAPPERS = frozenset(
 class SortedMessage:
     """A message sorted to a model's tensors.
 
-    `gradient`: one tensor per trainable parameter that was sent, in the parameter's shape, on its device and in at
-        least its precision, in the order of `named_parameters()`. `unsent`: trainable parameters that the message
-        does not hold. `buffers`: names of buffers that it holds anything but
-        zeros of; they are no part of a gradient.
+    Args:
+        gradient: One tensor per trainable parameter that was sent, in the parameter's shape, on its device and in at
+            least its precision, in the order of `named_parameters()`.
+        unsent: Trainable parameters that the message does not hold.
+        buffers: Names of buffers that it holds anything but zeros of. They are no part of a gradient.
     """
 
     gradient: Gradient

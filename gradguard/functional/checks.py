@@ -17,7 +17,16 @@ INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_batch_shape(inputs: Any, targets: Any, *, structured: bool = False) -> None:
-    """Raises `InputError` for what no model could take: no tensor, no example, unequal lengths, integer inputs."""
+    """Refuse what no model could take.
+
+    Args:
+        inputs: `(B, *input_shape)`, floating point.
+        targets: A tensor with `B` rows, or a dictionary of such tensors.
+        structured: `inputs` is one input of several, which may have shape `(B,)`.
+
+    Raises:
+        InputError: Something is no tensor, there is no example, the lengths differ, or the inputs are integers.
+    """
     if not isinstance(inputs, Tensor):
         raise InputError(f"`inputs` must be a tensor, got {type(inputs).__name__}.")
     if inputs.ndim < (1 if structured else 2) or inputs.numel() == 0:
@@ -75,11 +84,19 @@ def check_devices(inputs: Tensor, targets: Any, device: torch.device) -> None:
 
 
 def check_labels(outputs: Any, targets: Any, loss_fn: LossFunction) -> None:
-    """Raises `InputError` if class indices lie outside `0 .. C-1` (the loss's `ignore_index` excepted).
+    """Refuse class indices outside `0 .. C-1` (the loss's `ignore_index` excepted).
 
-    Scores are `(B, C, *positions)`, as `cross_entropy` takes them, or `(B, *positions, C)`, as language models give
-    them, with targets `(B, *positions)`. Targets of another shape mean something that only the loss knows, and so do
-    outputs that are no tensor.
+    Targets of another shape than the ones below mean something that only the loss knows, and so do outputs that are no
+    tensor: they pass.
+
+    Args:
+        outputs: Scores `(B, C, *positions)`, as `cross_entropy` takes them, or `(B, *positions, C)`, as language models
+            give them.
+        targets: `(B, *positions)`.
+        loss_fn: Its `ignore_index` is allowed, -100 where it has none.
+
+    Raises:
+        InputError: A label is out of range.
     """
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return
@@ -121,8 +138,16 @@ def as_loss_takes_them(targets: Any, outputs: Any) -> Any:
 def check_loss(loss_of_batch: Callable[[], Tensor], loss_fn: LossFunction) -> Tensor:
     """The loss, if it is one finite number and the same when it is asked again.
 
+    Args:
+        loss_of_batch: Computes it.
+        loss_fn: Named in messages.
+
+    Returns:
+        The loss, a scalar tensor.
+
     Raises:
         InputError: It is something else, or the loss function does not take these outputs and targets.
+        OutOfMemoryError: As the loss raised it.
     """
     try:
         loss, again = loss_of_batch(), loss_of_batch()
@@ -152,7 +177,15 @@ def check_loss(loss_of_batch: Callable[[], Tensor], loss_fn: LossFunction) -> Te
 
 
 def check_gradient(gradient: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    """Raises `InputError` unless `gradient` has the names and shapes of `like` and only finite values."""
+    """Check a gradient.
+
+    Args:
+        gradient: One tensor per parameter.
+        like: Tensors of the names, shapes and devices that it must have.
+
+    Raises:
+        InputError: Names, shapes or devices are others, or a value is not finite.
+    """
     if not isinstance(gradient, Mapping):
         raise InputError(f"A gradient is a dictionary keyed as `named_parameters()`, got {type(gradient).__name__}.")
     missing = [n for n in like if n not in gradient]

@@ -91,9 +91,20 @@ def name_of(problems: Problems) -> WayName:
 
 
 def suitability(function: LossGradient, inputs: Tensor, rest: Rest, *, batch: Batch | None = None) -> Suitability:
-    """What is true of `function`'s model for inputs like these: `inputs` `(n, *input_shape)`.
+    """What is true of a model for inputs of one shape. The answer is kept for as long as its modules stay what they
+    are.
 
-    `batch`: where they are of one, for models that take no other number of examples.
+    Args:
+        function: The loss gradient.
+        inputs: `(n, *input_shape)`.
+        rest: Their rest, see `gradguard.functional.structures`.
+        batch: The batch that they are of, for models that take no other number of examples.
+
+    Returns:
+        The answers.
+
+    Raises:
+        UnsupportedModelError: The model cannot be differentiated twice.
     """
     if batch is not None:
         inputs, rest = batch.inputs, batch.rest

@@ -191,7 +191,10 @@ class InputJacobian:
         """How products are taken: "layer by layer", "forward over reverse", "reverse over reverse" or "coupled".
 
         The numbers are the same. The first is several times faster than the second and holds no parameter-sized vector
-        per example; the third takes one example at a time.
+        per example. The third takes one example at a time.
+
+        Returns:
+            The name.
         """
         if self._given_way is not None:
             return self._given_way
@@ -255,8 +258,15 @@ class InputJacobian:
     def rmatvec(self, u: Tensor) -> Gradient:
         """`J^T u`: the change of the gradient when the inputs move by `u`.
 
-        `u`: shape of `inputs`. Returns per parameter `(B, *parameter_shape)` per example (row `r` answers `u_r`
-        alone), `parameter_shape` for the joint operator.
+        Args:
+            u: Shape of `inputs`.
+
+        Returns:
+            Per parameter `(R, *parameter_shape)` per example (row `r` answers `u_r` alone), `parameter_shape` for the
+                joint operator.
+
+        Raises:
+            UnsupportedModelError: The model cannot be differentiated twice.
         """
         u = self._grouped(u)
         parts = [point.rmatvec(u[part]) for part, point in self._points()]
@@ -266,10 +276,18 @@ class InputJacobian:
     @full_precision()
     @_naming_what_fails
     def matvec(self, delta: Mapping[str, Tensor]) -> Tensor:
-        """`J delta`: shape of `inputs`.
+        """`J delta`.
 
-        `delta`: one tensor per parameter, shaped as the parameter (the same for every example) or, per example,
-        `(B, *parameter_shape)`.
+        Args:
+            delta: One tensor per parameter, shaped as the parameter (the same for every example) or, per example,
+                `(R, *parameter_shape)`.
+
+        Returns:
+            Shape of `inputs`.
+
+        Raises:
+            InputError: `delta` has other names or shapes.
+            UnsupportedModelError: The model cannot be differentiated twice.
         """
         self._check_names(delta)
         delta = {n: delta[n].to(p) for n, p in self.parameters.items()}
@@ -289,16 +307,33 @@ class InputJacobian:
     @full_precision()
     @_naming_what_fails
     def gram(self, u: Tensor) -> Tensor:
-        """`J J^T u`: shape of `inputs`. Never holds more than `chunk_size` parameter-sized vectors."""
+        """`J J^T u`. Never holds more than `chunk_size` parameter-sized vectors.
+
+        Args:
+            u: Shape of `inputs`.
+
+        Returns:
+            Shape of `inputs`.
+
+        Raises:
+            UnsupportedModelError: The model cannot be differentiated twice.
+        """
         u = self._grouped(u)
         return torch.cat([point.gram(u[part]) for part, point in self._points()]).reshape(self.inputs.shape)
 
     @full_precision()
     @_naming_what_fails
     def dense(self, *, chunk_size: int | None = 64) -> Tensor:
-        """`J` as a matrix: shape `(R, size, P)`. For small inputs: it takes `R * size * P` elements.
+        """`J` as a matrix, for small inputs: it takes `R * size * P` elements.
 
-        `chunk_size`: rows at a time, over all problems.
+        Args:
+            chunk_size: Rows at a time, over all problems; `None`: all.
+
+        Returns:
+            Shape `(R, size, P)`.
+
+        Raises:
+            UnsupportedModelError: The model cannot be differentiated twice.
         """
         basis = torch.eye(self.size, dtype=self.inputs.dtype, device=self.inputs.device)
         directions = basis.reshape(self.size, *self._inputs.shape[1:])

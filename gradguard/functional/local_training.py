@@ -23,14 +23,23 @@ Regulariser = Callable[[Gradient], Tensor]
 class LocalTraining:
     """`steps` of SGD on a client's own examples (FedAvg, McMahan et al. 2017), as `torch.optim.SGD` takes them.
 
-    `batch_size`: examples per step, taken in order and from the start again at the end; `None`: all, in every step.
-    `momentum`, `weight_decay`: of `torch.optim.SGD` (no dampening, no Nesterov).
-    `regulariser`: what the client adds to its loss in every step, a pure function of the trainable parameters (a
-        dictionary keyed as `named_parameters()`) that returns a scalar. FedProx (Li et al. 2020) adds
-        `mu / 2 * sum(((p[n] - start[n]) ** 2).sum() for n in p)`.
-
     Instead of the update itself its mean gradient is used, `(before - after) / (learning_rate * steps)`: for one step
     it is the gradient (and that of the regulariser).
+
+    Args:
+        steps: At least 1.
+        learning_rate: Positive and finite.
+        batch_size: Examples per step, at least 1, taken in order and from the start again at the end. `None`: all, in
+            every step.
+        optimiser: "sgd".
+        momentum: Of `torch.optim.SGD`, not negative (no dampening, no Nesterov).
+        weight_decay: Of `torch.optim.SGD`, not negative.
+        regulariser: What the client adds to its loss in every step, a pure function of the trainable parameters (a
+            dictionary keyed as `named_parameters()`) that returns a scalar. FedProx (Li et al. 2020) adds
+            `mu / 2 * sum(((p[n] - start[n]) ** 2).sum() for n in p)`.
+
+    Raises:
+        InputError: A value is outside its range.
     """
 
     steps: int
@@ -60,7 +69,19 @@ class LocalTraining:
             raise InputError("`regulariser` must be a function of the parameters that returns a scalar.")
 
     def mean_gradient(self, loss_gradient: LossGradient, inputs: Tensor, targets: Tensor) -> Gradient:
-        """What training on `inputs` `(B, *input_shape)` and `targets` from the model's parameters sends."""
+        """What training from the model's parameters sends.
+
+        Args:
+            loss_gradient: The model and the loss.
+            inputs: `(B, *input_shape)`.
+            targets: `(B, ...)`.
+
+        Returns:
+            The mean gradient, one tensor per trainable parameter.
+
+        Raises:
+            InputError: What `LossGradient.check_batch` raises, and for a regulariser that returns no finite scalar.
+        """
         loss_gradient.check_batch(inputs, targets)
         parameters = loss_gradient.parameters()
         self._check_regulariser(parameters)
@@ -68,11 +89,29 @@ class LocalTraining:
         return self(loss_gradient.loss, parameters, x, y)
 
     def of_update(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Gradient:
-        """The mean gradient behind an update, from the parameters before and after it."""
+        """The mean gradient behind an update.
+
+        Args:
+            before: The parameters before it.
+            after: The parameters after it.
+
+        Returns:
+            `(before - after) / (learning_rate * steps)`, name by name.
+        """
         return {n: (b - after[n]) / (self.learning_rate * self.steps) for n, b in before.items()}
 
     def __call__(self, loss: Loss, parameters: Gradient, inputs: Tensor, targets: Tensor) -> Gradient:
-        """The same as a pure function of `parameters`, `inputs` and `targets`, differentiable by all three."""
+        """The mean gradient as a pure function of `parameters`, `inputs` and `targets`, differentiable by all three.
+
+        Args:
+            loss: `(parameters, inputs, targets) -> scalar`.
+            parameters: One tensor per trainable parameter, before the first step.
+            inputs: `(B, *input_shape)`.
+            targets: `(B, ...)`.
+
+        Returns:
+            One tensor per trainable parameter.
+        """
         size = len(inputs) if self.batch_size is None else min(self.batch_size, len(inputs))
         parts = list(zip(inputs.split(size), targets.split(size), strict=True))
 
@@ -95,10 +134,16 @@ class LocalTraining:
         return count if self.batch_size is None else min(count, self.steps * self.batch_size)
 
     def amplification(self, count: int) -> float:
-        """How much of an example's own gradient the mean gradient holds, where `count` are trained on, at most.
+        """How much of an example's own gradient the mean gradient holds, at most.
 
-        In units of its share in the gradient of all, to first order in the learning rate: momentum repeats what it
-        has seen, and an example that is in more steps than others weighs more.
+        Momentum repeats what it has seen, and an example that is in more steps than others weighs more.
+
+        Args:
+            count: How many examples are trained on, at least 1.
+
+        Returns:
+            The largest weight of an example, in units of its share in the gradient of all, to first order in the
+                learning rate.
         """
         repeats = sum(sum(self.momentum**j for j in range(self.steps - k)) for k in range(self.steps)) / self.steps
         if self.batch_size is None or self.batch_size >= count:
@@ -125,10 +170,22 @@ def surrogate_model(
 ) -> nn.Module:
     """A copy of `model` with the parameters `(1 - share) before + share after`.
 
-    For updates of many steps, through which differentiating is too long: the mean gradient along the way
+    It is for updates of many steps, through which differentiating is too long. The mean gradient along the way
     (`LocalTraining.of_update`) is close to the gradient at a point between the two ends, so a single-step attack on
     this model does better than one on either end (Zhu et al. 2023, "Surrogate model extension", ICML, section 4). Which
     `share` explains the update best is found by `attacks.attack_candidates`.
+
+    Args:
+        model: It stays as it is.
+        before: Parameters before the update; those that it does not name stay the model's.
+        after: Parameters after it.
+        share: In [0, 1].
+
+    Returns:
+        The copy.
+
+    Raises:
+        InputError: `share` is outside [0, 1].
     """
     if not 0 <= share <= 1:
         raise InputError(f"`share` must be in [0, 1], got {share}.")

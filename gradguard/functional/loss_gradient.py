@@ -216,9 +216,15 @@ class LossGradient:
 
     @full_precision()
     def outputs(self, parameters: Gradient, inputs: Any, rest: Rest = None) -> Any:
-        """The model's outputs on a batch `(B, *input_shape)` as a function of `parameters`.
+        """The model's outputs on a batch as a function of `parameters`.
 
-        `rest`: of a bound function, see `bind`.
+        Args:
+            parameters: One tensor per trainable parameter.
+            inputs: `(B, *input_shape)`.
+            rest: Of a bound function, see `bind`.
+
+        Returns:
+            What the model returns: a tensor, a tuple or a mapping.
         """
         if self._company is not None:
             whole, rest, rows = self._company
@@ -257,6 +263,9 @@ class LossGradient:
 
         By place and not by name: a module with two names is one place (PyTorch's `functional_call` would fill it twice,
         and leave the second filling in the model: its issue 164759), tied parameters are two.
+
+        Returns:
+            Tensors by the place's name.
         """
         own: dict[int, str] = {id(p): n for n, p in self.model.named_parameters()}
         copies: dict[int, Tensor] = {}
@@ -292,9 +301,13 @@ class LossGradient:
             return self.loss_fn(outputs, as_loss_takes_them(targets, outputs))
 
     def cast(self, tensor: Any) -> Any:
-        """`tensor` (or every tensor of a rest) in the computing dtype if it is floating point, else unchanged.
+        """A tensor, or every tensor of a rest, as gradguard computes with it.
 
-        Targets that are whole numbers of fewer than 64 bits become int64, as losses over classes take them.
+        Args:
+            tensor: A tensor, a dictionary of tensors, or anything else, which stays as it is.
+
+        Returns:
+            The same in the computing dtype where it is floating point; else in its own dtype.
         """
         if isinstance(tensor, dict):
             return map_rest(self.cast, tensor)
@@ -358,7 +371,21 @@ class LossGradient:
 
     @full_precision()
     def gradient_at(self, parameters: Gradient, inputs: Tensor, rest: Rest, *, create_graph: bool = False) -> Gradient:
-        """The gradient at `parameters` of a batch that is checked already; differentiable with `create_graph`."""
+        """The gradient of a batch that is checked already.
+
+        Args:
+            parameters: One tensor per trainable parameter.
+            inputs: `(B, *input_shape)`, the private tensor.
+            rest: Targets, or targets and known inputs by name.
+            create_graph: Whether the gradient can be differentiated.
+
+        Returns:
+            One tensor per trainable parameter.
+
+        Raises:
+            UnsupportedModelError: The loss does not depend on the parameters in a way that autograd sees, or the model
+                uses a parameter past the module that holds it.
+        """
         leaves = {n: p if p.requires_grad else p.detach().requires_grad_(True) for n, p in parameters.items()}
         with differentiable(create_graph):
             loss = self.loss(leaves, inputs, rest)
@@ -368,7 +395,7 @@ class LossGradient:
 
     @full_precision()
     def per_example(self, inputs: Any, targets: Any, *, chunk_size: int | None = None) -> Gradient:
-        """The gradient of each example's own loss, a batch of one: `(B, *parameter_shape)` per parameter.
+        """The gradient of each example's own loss, a batch of one.
 
         Args:
             inputs: `(B, *input_shape)`, or a structure.
@@ -376,7 +403,11 @@ class LossGradient:
             chunk_size: Examples at a time; a bound on memory, which is `chunk_size * P` elements and more.
 
         Returns:
-            One tensor per trainable parameter.
+            `(B, *parameter_shape)` per trainable parameter.
+
+        Raises:
+            InputError: What `check_batch` raises.
+            OutOfMemoryError: More examples at a time than memory holds: give a smaller `chunk_size`.
         """
         function, inputs, targets = self.bind(inputs, targets)
         function.check_batch(inputs, targets)
@@ -409,10 +440,20 @@ class LossGradient:
 
     @full_precision()
     def check_batch(self, inputs: Any, targets: Any) -> Any:
-        """Raises a clear error for a batch that no gradient can be taken of. Costs one forward pass.
+        """Check a batch that a gradient is to be taken of. Costs one forward pass, a few more if the model draws random
+        numbers.
+
+        Args:
+            inputs: `(B, *input_shape)`, or a structure.
+            targets: `(B, ...)`.
 
         Returns:
             The model's outputs on the batch, without a graph.
+
+        Raises:
+            InputError: Inputs and targets do not go together or not through the model, a value is not finite, a label
+                is out of range, or the loss is not one finite number.
+            UnsupportedModelError: What `check_model` raises, and for a model whose outputs are random.
         """
         self.check_model()
         function, inputs, targets = self.bind(inputs, targets)
@@ -447,10 +488,13 @@ class LossGradient:
         check_gradient(gradient, self.parameters())
 
     def _check_graph(self, loss: Tensor) -> None:
-        """Raises `UnsupportedModelError` where the loss was computed with the model's own parameter objects.
+        """Refuse a loss that was computed with the model's own parameter objects.
 
         A model that keeps them in a plain list, or in a closure, uses them past `functional_call`: the gradient by them
         would be lost.
+
+        Raises:
+            UnsupportedModelError: It was, or it depends on no parameter at all.
         """
         if not loss.requires_grad:
             raise UnsupportedModelError(

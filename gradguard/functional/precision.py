@@ -13,8 +13,11 @@ def full_precision() -> Iterator[None]:
     """No autocast, no TF32 and no inference mode inside, whatever surrounds it; also a decorator.
 
     A training loop's mixed precision would round products with the Jacobian to bfloat16, and PyTorch lets cuDNN round
-    float32 convolutions to TF32 by default: errors of percents and of 1e-3, where influence is made of eigenvalues
-    that are 1e-6 of the largest.
+    float32 convolutions to TF32 by default: errors of percents and of 1e-3, where influence is made of eigenvalues that
+    are 1e-6 of the largest.
+
+    Yields:
+        Nothing.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

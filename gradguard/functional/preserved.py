@@ -20,7 +20,14 @@ from torch.utils import checkpoint
 
 @dataclass(frozen=True)
 class RandomState:
-    """The state of the global random number generators: torch's (CPU; CUDA where it is in use), NumPy's, Python's."""
+    """The state of the global random number generators.
+
+    Args:
+        cpu: Torch's, of the CPU.
+        cuda: Torch's, of every CUDA device; empty where CUDA is not in use.
+        numpy: NumPy's.
+        python: Python's.
+    """
 
     cpu: Tensor
     cuda: tuple[Tensor, ...]
@@ -69,6 +76,9 @@ class ModuleState:
 
     Parameters and buffers are not copied: gradguard hands the model copies of them. Plain tensors and generators among
     the attributes are.
+
+    Args:
+        model: Its modules' attributes are taken when this object is made.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -130,6 +130,9 @@ class Problems:
 
         By the loss's class, else by its second derivatives at the batch's outputs: for every bit of an example's index,
         moving the outputs of the examples with that bit must not move the slopes of those without.
+
+        Returns:
+            `True` also where each problem is a batch of its own.
         """
         if self.batch is None or self.batch.count == 1:
             return True

@@ -19,8 +19,16 @@ _known: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[tuple, object]
 def remembered(gradient: LossGradient, question: Hashable, find: Callable[[], Answer]) -> Answer:
     """`find()`, or what it said last time about the same question, loss and model.
 
-    The same model: the same modules in the same modes, with the same parameter objects trained. Parameter values may
-    have changed, and so may the computing dtype, so the answer must not depend on them.
+    The same model: the same modules in the same modes, with the same parameter objects trained.
+
+    Args:
+        gradient: The model and the loss.
+        question: What is asked, as a key.
+        find: Finds the answer. It must not depend on parameter values or on the computing dtype, which may have changed
+            by the next time.
+
+    Returns:
+        The answer.
     """
     signature = (_weak(gradient.loss_fn), gradient.train_mode, gradient.input_module, *_structure(gradient.model))
     answers = _known.setdefault(gradient.model, {})

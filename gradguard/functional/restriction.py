@@ -49,8 +49,12 @@ def sent_only(jacobian: InputJacobian, names: Collection[str]) -> InputJacobian:
 class SentJacobian:
     """An `InputJacobian` restricted to some parameters; made by `sent_only`.
 
-    `whole`: of all parameters. `parameters`, and all gradients and deltas, name the sent ones alone, in the model's
-    order. Whatever does not depend on parameters is that of `whole`.
+    `parameters`, and all gradients and deltas, name the sent ones alone, in the model's order. Whatever does not depend
+    on parameters is that of `whole`.
+
+    Args:
+        whole: Of all parameters.
+        names: Of the parameters that were sent.
     """
 
     def __init__(self, whole: InputJacobian, names: Collection[str]) -> None:

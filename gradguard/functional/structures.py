@@ -25,7 +25,11 @@ TARGETS, INPUTS = "targets", "inputs"
 
 @dataclass(frozen=True)
 class Hole:
-    """Where a leaf was that has a row per example; `name`: of the leaf in the rest, `None` for the private one."""
+    """Where a leaf was that has a row per example.
+
+    Args:
+        name: Of the leaf in the rest; `None` for the private one.
+    """
 
     name: str | None
 
@@ -208,7 +212,16 @@ def output_tensors(outputs: Any) -> list[Tensor]:
 
 
 def with_rows(whole: Any, part: Any, rows: Tensor, count: int) -> Any:
-    """The outputs `whole` of `count` examples with those of the examples `rows` replaced by `part`.
+    """The outputs of a batch with those of some examples replaced.
+
+    Args:
+        whole: The outputs of all `count` examples.
+        part: The outputs of the examples `rows`.
+        rows: Indices, `(K,)`.
+        count: Examples of the whole batch.
+
+    Returns:
+        Outputs in the structure of `part`, with `count` rows where the leaf of `whole` has them.
 
     Raises:
         InputError: The two are not of one structure.

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 class TokenLookup:
-    """The module `name` of `model`, which turns tokens `(B, T)` into embeddings `(B, T, E)`, once per forward pass."""
+    """The module of a model that turns tokens `(B, T)` into embeddings `(B, T, E)`, once per forward pass.
+
+    Args:
+        model: It is called with placeholder tokens while the module answers with embeddings.
+        name: The module's path in it.
+    """
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self.model, self.name = model, name
@@ -134,6 +139,13 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
     On the instance, as `layer_by_layer` does it: within that replacement this one is the inner one, so a lookup that is
     bypassed is never recorded.
+
+    Args:
+        module: Any.
+        forward: What it computes.
+
+    Yields:
+        Nothing.
     """
     before = vars(module).get("forward")
     module.forward = forward

@@ -77,10 +77,20 @@ def check_parameters_and_hooks(model: nn.Module) -> None:
 
 
 def check_deterministic(model: nn.Module, evaluate: Callable[[], Any]) -> Any:
-    """`evaluate()`, if it gives the same each time. Raises `UnsupportedModelError` for a model that is random.
+    """Outputs, if they are the same each time.
 
     Found by effect: whether the model draws from a random number generator (torch's, NumPy's, Python's or its own), and
     then whether the outputs change. `evaluate` itself puts the generators back, so they are watched inside the model.
+
+    Args:
+        model: Watched while it is evaluated.
+        evaluate: Gives the outputs.
+
+    Returns:
+        The outputs.
+
+    Raises:
+        UnsupportedModelError: The model draws random numbers that matter, or from a generator of its own.
     """
     with _Draws(model) as draws:
         outputs = evaluate()

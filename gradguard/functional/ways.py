@@ -42,9 +42,9 @@ def failures_named(function: LossGradient) -> Iterator[None]:
 
 
 class Way(Protocol):
-    """Products with the Jacobians of `R` problems.
+    """Products with the Jacobians of `R` problems of `n` examples each.
 
-    `delta` has one row per problem, `(R, *parameter_shape)`, or one for all.
+    `delta` has one row per problem, `(R, *parameter_shape)`, or one for all, `(1, *parameter_shape)`.
     """
 
     def gradients(self) -> Gradient:
@@ -81,7 +81,12 @@ def _else_one_by_one(product: Product) -> Product:
 
 
 class ForwardOverReverse:
-    """All problems at once through `torch.func`; `slower`: the way for what that cannot take, once it is found out."""
+    """All problems at once through `torch.func`. What that cannot take goes to `slower`, once it is found out.
+
+    Args:
+        problems: At one point.
+        with_targets: Products by soft targets follow, too.
+    """
 
     def __init__(self, problems: Problems, *, with_targets: bool = False) -> None:
         self.problems, self.with_targets = problems, with_targets
@@ -125,6 +130,13 @@ class ForwardOverReverse:
 
         Not the map's own transpose: PyTorch's `vjp(vmap(grad))` loses a part of the derivative through the weight of a
         normalisation (seen with LayerNorm, InstanceNorm and BatchNorm in torch 2.13).
+
+        Args:
+            delta: One row per problem, `(R, *parameter_shape)`.
+
+        Returns:
+            `(R, n, *input_shape)`, and the derivative of `<delta_r, gradient_r>` by soft targets, `None` where they are
+                fixed.
         """
         p = self.problems
 
@@ -201,7 +213,12 @@ def _check_twice_differentiable(slopes: tuple[Tensor, ...]) -> None:
 
 
 class ReverseOverReverse:
-    """Plain autograd twice, one problem at a time."""
+    """Plain autograd twice, one problem at a time.
+
+    Args:
+        problems: At one point.
+        with_targets: Products by soft targets follow, too.
+    """
 
     def __init__(self, problems: Problems, *, with_targets: bool = False) -> None:
         self.problems, self.with_targets = problems, with_targets
@@ -247,6 +264,9 @@ class Coupled:
     """Examples of a batch whose model or loss couples them: every product is one of the whole batch.
 
     The price: `J^T u` and `J J^T u` take a pass through the batch for each example, `J delta` one for all.
+
+    Args:
+        problems: Single examples of one batch.
     """
 
     def __init__(self, problems: Problems) -> None:

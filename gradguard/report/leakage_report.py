@@ -32,6 +32,8 @@ class Verdict:
         reasons: Sentences for people, at least one.
         noise_ratio: `|sent - true| / |true|` of the gradient that the decision is about.
         measures: The numbers the decision rests on, by name.
+        looks_like: What the message was found to be, as in `gradguard.evaluation.differences.Difference`.
+        explanation: Sentences for people on everything that is no plain gradient.
     """
 
     decision: Decision

@@ -17,14 +17,19 @@ RANGE_SLACK = 1e-6
 class ThreatModel:
     """What the attacker knows beside the model, the loss and the sent gradient.
 
-    `others_known`: the attacker knows every example of the batch but one, for each one in turn (the worst case; an
-        attack then sees that example's own gradient and all of the noise). `False`: the whole batch is unknown and
-        attacked as one.
-    `labels_known`: the attacker has the labels; otherwise attacks infer them.
-    `max_attacked`: how many examples are attacked, those that leak most by the closed-form measures.
-    `value_range`: `(low, high)` of valid inputs; PSNR, SSIM and the policy's shares are computed in it, and inputs
-        outside it are refused. `None`: unknown to the attacker, for embeddings and the like; the numbers are then
-        computed in the range of the batch's own values.
+    Args:
+        others_known: The attacker knows every example of the batch but one, for each one in turn. This is the worst
+            case: an attack then sees that example's own gradient and all of the noise. `False`: the whole batch is
+            unknown and attacked as one.
+        labels_known: The attacker has the labels. `False`: attacks infer them.
+        max_attacked: How many examples are attacked, at least 1: those that leak most by the closed-form measures. With
+            `others_known=False` all are.
+        value_range: `(low, high)` of valid inputs. PSNR, SSIM and the policy's shares are computed in it, and inputs
+            outside it are refused. `None`: unknown to the attacker, for embeddings and the like; the numbers are then
+            computed in the range of the batch's own values.
+
+    Raises:
+        InputError: `max_attacked` is below 1, or `value_range` is no `(low, high)` with finite `low < high`.
     """
 
     others_known: bool = True
@@ -42,7 +47,15 @@ class ThreatModel:
         check_in_range(inputs, self.value_range)
 
     def range_of(self, inputs: Tensor) -> tuple[float, float]:
-        """The range that numbers on `inputs` are computed in: the value range, or that of their own values."""
+        """The range that numbers on `inputs` are computed in.
+
+        Args:
+            inputs: Of any shape, at least one element.
+
+        Returns:
+            `(low, high)`: the value range, or where that is `None` the smallest and largest of `inputs`
+                (`(low, low + 1)` if they are equal).
+        """
         if self.value_range is not None:
             return self.value_range
         low, high = (v.item() for v in torch.aminmax(inputs.detach()))
@@ -50,7 +63,14 @@ class ThreatModel:
 
 
 def check_value_range(value_range: tuple[float, float] | None) -> None:
-    """Raise `InputError` unless `value_range` is `(low, high)` with finite `low < high`, or `None`."""
+    """Check a value range.
+
+    Args:
+        value_range: `(low, high)`, or `None` for no range.
+
+    Raises:
+        InputError: It is something else, or not `low < high` with both finite.
+    """
     if value_range is None:
         return
     if not isinstance(value_range, tuple | list) or len(value_range) != 2:
@@ -61,10 +81,17 @@ def check_value_range(value_range: tuple[float, float] | None) -> None:
 
 
 def check_in_range(inputs: Tensor, value_range: tuple[float, float] | None) -> None:
-    """Raise `InputError` if a value of `inputs` lies outside `value_range`, beyond rounding; `None` allows all.
+    """Refuse inputs outside the value range. Rounding is allowed for: `RANGE_SLACK` of the range's span.
 
     PSNR in a wrong range is wrong by a constant that can hide anything: a picture in 0..255 that is recovered exactly
     but for rounding would be scored as noise.
+
+    Args:
+        inputs: Of any shape. What is no tensor, or holds no element, passes: it is refused elsewhere, in better words.
+        value_range: `(low, high)`; `None` allows all.
+
+    Raises:
+        InputError: A value lies outside.
     """
     if value_range is None or not isinstance(inputs, Tensor) or inputs.numel() == 0 or inputs.device.type == "meta":
         return  # what is no batch at all is refused elsewhere, in better words

@@ -24,21 +24,27 @@ from gradguard.functional.vectors import Gradient
 class Observation:
     """Everything the threat model grants an attacker, and nothing of the truth.
 
-    `loss_gradient`: the model and the loss, as the server has them.
-    `sent`: the gradient that was sent, one tensor per parameter: the batch's mean gradient, perturbed or not.
-        Parameters that it does not name were not sent (frozen by agreement, encrypted): the attacker knows nothing of
-        their gradient.
-    `input_shape`: the shape of one example. `batch_size`: `B`.
-    `labels`: class indices `(B,)` of any integer dtype, kept as int64, or, for a binary loss, float `(B, 1)`; `None`
-        if the attacker does not have them. For a bound loss gradient (`LossGradient.bind`): the rest, targets and known
-        inputs by name.
-    `num_classes`: `C`; `None` where the loss has no classes.
-    `value_range`: the range of valid inputs, which boxed attacks use; `None` if unknown.
-    `local`: how the client trained, if it took several steps; `sent` is then their mean gradient (see
-        `LocalTraining`), and gradient-matching attacks differentiate through the steps. Other attacks refuse.
-    `scale`: the factor `c` in `sent = c g`, `g` the gradient of `loss_gradient`: another loss weight, a sum in the
-        place of a mean, accumulated or clipped gradients, the learning rate of an update (negative). A number is known
-        to the attacker; `None` is unknown, and may have either sign.
+    Args:
+        loss_gradient: The model and the loss, as the server has them.
+        sent: The gradient that was sent, one tensor per parameter: the batch's mean gradient, perturbed or not.
+            Parameters that it does not name were not sent (frozen by agreement, encrypted): the attacker knows nothing
+            of their gradient.
+        input_shape: The shape of one example.
+        batch_size: `B`, at least 1.
+        labels: Class indices `(B,)` of any integer dtype, kept as int64, or, for a binary loss, float `(B, 1)`. `None`:
+            the attacker does not have them. For a bound loss gradient (`LossGradient.bind`): the rest, targets and
+            known inputs by name.
+        num_classes: `C`, at least 1; `None` where the loss has no classes.
+        value_range: `(low, high)` of valid inputs, which boxed attacks use; `None` if unknown.
+        local: How the client trained, if it took several steps. `sent` is then their mean gradient (see
+            `LocalTraining`), and gradient-matching attacks differentiate through the steps. Other attacks refuse.
+        scale: The factor `c` in `sent = c g`, `g` the gradient of `loss_gradient`: another loss weight, a sum in the
+            place of a mean, accumulated or clipped gradients, the learning rate of an update (negative). A number other
+            than 0 is known to the attacker. `None` is unknown, and may have either sign.
+
+    Raises:
+        InputError: A field is outside its range, or the sent gradient or the labels do not fit the model.
+        UnsupportedModelError: What `LossGradient.check_model` raises.
     """
 
     loss_gradient: LossGradient
@@ -90,7 +96,14 @@ class Observation:
     def gradient(self, parameters: Gradient, inputs: Tensor, targets: Tensor) -> Gradient:
         """What the client would have sent for other data, as a pure function of `parameters`, `inputs` and `targets`.
 
-        The gradient of the loss, or the mean gradient of the client's local steps; without the factor `scale`.
+        Args:
+            parameters: One tensor per trainable parameter.
+            inputs: `(B, *input_shape)`.
+            targets: `(B, ...)`.
+
+        Returns:
+            The gradient of the loss, or the mean gradient of the client's local steps, one tensor per parameter;
+                without the factor `scale`.
         """
         loss = self.loss_gradient.loss
         if self.local is not None:
@@ -98,19 +111,27 @@ class Observation:
         return torch.func.grad(loss)(parameters, inputs, targets)
 
     def matching_loss(self, inputs: Tensor, labels: Tensor) -> float:
-        """`|c g(inputs) - sent|^2 / |sent|^2` over what was sent: what every attack's candidates are compared by."""
+        """What every attack's candidates are compared by.
+
+        Args:
+            inputs: `(B, *input_shape)`.
+            labels: As in the observation.
+
+        Returns:
+            `|c g(inputs) - sent|^2 / |sent|^2` over what was sent, see `match`.
+        """
         return self.match(inputs, labels)[0]
 
     def match(self, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
         """The matching loss of a candidate, and the factor `c` that it was taken with.
 
         Args:
-            inputs: shape `(B, *input_shape)`.
-            labels: as in the observation.
+            inputs: Shape `(B, *input_shape)`.
+            labels: As in the observation.
 
         Returns:
             `|c g(inputs) - sent|^2 / |sent|^2` over the names that were sent, and `c`: the observation's `scale`, or
-            where that is free the one that makes the loss least.
+                where that is free the one that makes the loss least.
         """
         function = self.loss_gradient
         own = self._own(function.cast(inputs), function.cast(labels))
@@ -124,10 +145,12 @@ class Observation:
         return (gap / square.clamp_min(_tiny(square))).item(), scale.item()
 
     def check(self) -> None:
-        """Try the model on random examples of the given shape, and the loss on the given labels.
+        """Try the model on random examples of the given shape, and the loss on the given labels. Costs one forward
+        pass.
 
-        Costs one forward pass. Raises `InputError` for a shape that does not go through the model, and for
-        labels that are out of range, on another device, or not what the loss takes.
+        Raises:
+            InputError: The shape does not go through the model, `num_classes` is not the number of its outputs, or the
+                labels are out of range, on another device, or not what the loss takes.
         """
         function = self.loss_gradient
         if function.computing_dtype.itemsize < 4:
@@ -229,13 +252,18 @@ class Observation:
 class Reconstruction:
     """What an attack came back with.
 
-    `attack`: its name. `inputs`: `(B, *input_shape)`, or `None` for an attack on labels only. `labels`: as in
-    `Observation`, given or recovered. `label_counts`: `(C,)` int64, for attacks that count labels.
-    `matching_loss`: relative squared distance between the candidate's gradient and the sent one (`nan` without
-    inputs). `converged`: by the attack's own criterion. `seconds`: wall clock. `details`: what the attack has to
-    say beside (iterations, residuals, which trial won), plain numbers and strings.
-
     Inputs are private data: they are in no `repr` and are written nowhere unless asked for.
+
+    Args:
+        attack: Its name.
+        inputs: `(B, *input_shape)`; `None` for an attack on labels only.
+        labels: As in `Observation`, given or recovered.
+        label_counts: `(C,)` int64, for attacks that count labels.
+        matching_loss: Squared distance between the candidate's gradient and the sent one, relative to the sent one's;
+            NaN without inputs.
+        converged: By the attack's own criterion.
+        seconds: Wall clock.
+        details: What the attack has to say beside (iterations, residuals, which trial won), plain numbers and strings.
     """
 
     attack: str
@@ -252,12 +280,12 @@ def check_sent(sent: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> 
     """Check a gradient that may lack some of the parameters.
 
     Args:
-        sent: one tensor per parameter that was sent.
-        parameters: all of the model's trainable ones.
+        sent: One tensor per parameter that was sent.
+        parameters: All of the model's trainable ones.
 
     Raises:
-        InputError: if it is empty, names what is no parameter, or holds tensors of another shape or device, of no
-            floating-point dtype, or with values that are not finite.
+        InputError: It is empty, names what is no parameter, or holds tensors of another shape or device, of no
+            floating-point dtype, sparse ones, or values that are not finite.
     """
     if not isinstance(sent, Mapping):
         raise InputError(f"A gradient is a dictionary keyed as `named_parameters()`, got {type(sent).__name__}.")

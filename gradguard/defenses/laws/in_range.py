@@ -1,9 +1,9 @@
 """Noise in the range of `J^T`: to move the attacker's picture by `d`, send `g + J^T d`.
 
-`(J J^T)^{-1} J` is the pseudo-inverse of `J^T`, so `J^T d` is the shortest perturbation that moves the reconstruction of
-a matching attacker by `d`; to first order it is the gradient of the pictures `x + d`. All that a law in the range chooses is
-the law of `d`. It costs one pass. Noise in the range of one message's `J^T` lies outside that of the next message's, so
-it is never correlated over rounds.
+`(J J^T)^{-1} J` is the pseudo-inverse of `J^T`, so `J^T d` is the shortest perturbation that moves a matching
+attacker's reconstruction by `d`; to first order it is the gradient of the pictures `x + d`. All that a law in the range
+chooses is the law of `d`. It costs one pass. Noise in the range of one message's `J^T` lies outside that of the next
+message's, so it is never correlated over rounds.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class InRange(Law):
     """The frame: a subclass defines `displacement`, the law of `d`.
 
     Every example of the batch gets a `d` of its own; the gradient of the batch carries the sum. A tensor that `J^T`
-    does not reach (an auxiliary head that `loss_fn(model(x))` leaves out, a table beside its embeddings, parameters of the
-    loss) would leave bare: it gets isotropic noise in the proportion of its own norm.
+    does not reach (an auxiliary head that `loss_fn(model(x))` leaves out, a table beside its embeddings, parameters of
+    the loss) would leave bare: it gets isotropic noise in the proportion of its own norm.
     """
 
     needs_jacobian: ClassVar[bool] = True
@@ -152,9 +152,7 @@ class SmallEigenspace(InRange):
             InputError: If the Jacobian is the joint operator of a batch.
         """
         if not jacobian.per_example:
-            raise InputError(
-                "Small-eigenvalue noise works per example: pass an `InputJacobian(..., per_example=True)`."
-            )
+            raise InputError("SmallEigenspace works per example: pass an `InputJacobian(..., per_example=True)`.")
         eigen = spectrum(jacobian, self.leading, generator=source)
         if eigen.complete or fits_dense(jacobian):
             # What the gradient does not show at all cannot be moved: J^T would return its rounding errors.

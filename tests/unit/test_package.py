@@ -10,7 +10,7 @@ import pytest
 
 import gradguard
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_version_is_the_same_everywhere():

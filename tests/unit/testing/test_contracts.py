@@ -10,7 +10,7 @@ import gradguard.attacks
 import gradguard.defenses
 from gradguard import InputError
 from gradguard.attacks import ATTACKS, Attack, MatchingAttack, Reconstruction, register_attack
-from gradguard.defenses import DEFENSES, Defense, DirectionalNoise, register_defense
+from gradguard.defenses import DEFENSES, Compose, Defense, DirectionalNoise, Noise, register_defense
 from gradguard.testing import check_attack, check_defense, check_options
 
 
@@ -32,7 +32,7 @@ def public(package, base, frames):
 def test_no_attack_and_no_defense_is_left_out():
     attacks = public(gradguard.attacks, Attack, {Attack, MatchingAttack})
     assert {entry.attack for entry in ATTACKS.values()} >= attacks
-    defenses = public(gradguard.defenses, Defense, {Defense, DirectionalNoise})
+    defenses = public(gradguard.defenses, Defense, {Compose, Defense, DirectionalNoise, Noise})
     assert {entry.defense for entry in DEFENSES.values()} >= defenses
 
 

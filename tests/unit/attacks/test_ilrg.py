@@ -16,7 +16,7 @@ from gradguard.threats.observation import Observation
 from gradguard.zoo.models import fcn
 from gradguard.zoo.pictures import digits, load_npz
 
-DATA = Path(os.environ.get("GRADGUARD_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
+DATA = Path(os.environ.get("GRADGUARD_DATA") or Path(__file__).parents[3].parent / "shared" / "data")
 #: Mean and standard deviation per channel, as the authors normalise.
 MNIST = ([0.13066], [0.30811])
 CIFAR100 = ([0.50716, 0.48669, 0.44120], [0.26733, 0.25644, 0.27615])
