@@ -157,7 +157,8 @@ def test_a_stream_goes_on_with_its_key_and_only_with_it():
     expected = protector.protect(given).message
     resumed = GaussianNoise(std=1.0).start(KEY)
     resumed.load_state_dict(state)
-    assert all(torch.equal(resumed.protect(given).message[n], m) for n, m in expected.items())
+    found = resumed.protect(given).message
+    assert all(torch.equal(found[n], m) for n, m in expected.items())
     with pytest.raises(InputError, match="another noise stream"):
         GaussianNoise(std=1.0).start(b"j" * 32).load_state_dict(state)
 
@@ -169,8 +170,8 @@ def test_a_release_without_its_batch_says_what_is_missing():
         PriorNoise().start(KEY).protect(bare)
     with pytest.raises(InputError, match="needs its `gradient`"):
         Release()
+    function, inputs, targets = batch(dense)
     with pytest.raises(InputError, match="name each example"):
-        function, inputs, targets = batch(dense)
         Release(loss_gradient=function, inputs=inputs, targets=targets, ids=[1])
 
 
