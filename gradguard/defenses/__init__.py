@@ -6,7 +6,7 @@ rounds x a strength; `Compose` puts several steps in a row.
 
 from gradguard.defenses.base import Defense, randn
 from gradguard.defenses.compose import Compose
-from gradguard.defenses.directional import DirectionalNoise, PriorNoise, SmallEigenspaceNoise
+from gradguard.defenses.directional import DirectionalNoise, PriorAwareNoise, PriorNoise, SmallEigenspaceNoise
 from gradguard.defenses.gaussian import GaussianNoise
 from gradguard.defenses.laws import Isotropic, Law
 from gradguard.defenses.noise import Noise
@@ -32,6 +32,7 @@ __all__ = [
     "Noise",
     "NoiseMultiplier",
     "NoiseStream",
+    "PriorAwareNoise",
     "PriorNoise",
     "Protector",
     "Pruning",

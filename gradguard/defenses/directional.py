@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradguard.defenses.laws.in_range import Displacement, InRange, PriorDirections, SmallEigenspace
+from gradguard.defenses.laws.prior_aware import PriorAware
 from gradguard.defenses.noise import Noise
 from gradguard.defenses.recipe import Recipe
 from gradguard.defenses.stream import fresh_noise
@@ -106,6 +107,38 @@ class PriorNoise(DirectionalNoise):
 
     def displacement(self, jacobian: InputJacobian, generator: torch.Generator | None) -> Tensor:
         """A draw of the prior for each example."""
+        return _value(self.law(), jacobian, generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorAwareNoise(DirectionalNoise):
+    """Noise where inputs have energy and the gradient shows little of them (see `laws.PriorAware`).
+
+    Of all noise in the range of `J^T` of the same norm it leaves an attacker who knows the prior and the defense the
+    highest Bayes floor.
+
+    Args:
+        noise_ratio: As in `DirectionalNoise`.
+        prior: The covariance `C`.
+        steps: Lanczos steps for inputs too large for a dense Jacobian, at least 1.
+
+    Raises:
+        InputError: If a value is outside its range.
+    """
+
+    prior: PowerLawPrior = field(default_factory=PowerLawPrior)
+    steps: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.law()
+
+    def law(self) -> PriorAware:
+        """Reverse water-filling."""
+        return PriorAware(prior=self.prior, steps=self.steps)
+
+    def displacement(self, jacobian: InputJacobian, generator: torch.Generator | None) -> Tensor:
+        """`d` at the strength that `J^T d` has the norm 1."""
         return _value(self.law(), jacobian, generator)
 
 

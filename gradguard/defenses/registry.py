@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from typing import TypeVar
 
 from gradguard.defenses.base import Defense
-from gradguard.defenses.directional import PriorNoise, SmallEigenspaceNoise
+from gradguard.defenses.directional import PriorAwareNoise, PriorNoise, SmallEigenspaceNoise
 from gradguard.defenses.gaussian import GaussianNoise
 from gradguard.defenses.pruning import Pruning
 from gradguard.errors import InputError
@@ -79,5 +79,6 @@ def register_defense(name: str, *, strength: str) -> Callable[[AnyDefense], AnyD
 
 register_defense("gaussian", strength="noise_ratio")(GaussianNoise)
 register_defense("prior", strength="noise_ratio")(PriorNoise)
+register_defense("prior-aware", strength="noise_ratio")(PriorAwareNoise)
 register_defense("small-eigenspace", strength="noise_ratio")(SmallEigenspaceNoise)
 register_defense("pruning", strength="fraction")(Pruning)

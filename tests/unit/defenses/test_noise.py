@@ -19,7 +19,7 @@ from gradguard.defenses import (
     SmallEigenspaceNoise,
     Std,
 )
-from gradguard.defenses.laws import Isotropic, PriorDirections, SmallEigenspace
+from gradguard.defenses.laws import Isotropic, PriorAware, PriorDirections, SmallEigenspace
 from gradguard.errors import InputError
 from gradguard.testing import check_defense
 from gradguard.testing.settings import batch, dense
@@ -40,7 +40,7 @@ def noise_of(sent, of):
     return {n: sent.message[n] - g for n, g in of.gradient.items()}
 
 
-LAWS = (Isotropic(), PriorDirections(), SmallEigenspace())
+LAWS = (Isotropic(), PriorAware(), PriorDirections(), SmallEigenspace())
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
