@@ -16,7 +16,7 @@ from gradguard.defenses.registry import DEFENSES, DefenseEntry, register_defense
 from gradguard.defenses.release import Release, Sent
 from gradguard.defenses.schedules import Fresh, Schedule
 from gradguard.defenses.stream import MessageNoise, NoiseStream, noise_key
-from gradguard.defenses.strengths import NoiseMultiplier, Ratio, Std, Strength
+from gradguard.defenses.strengths import Floor, NoiseMultiplier, Ratio, Std, Strength
 
 __all__ = [
     "DEFENSES",
@@ -24,6 +24,7 @@ __all__ = [
     "Defense",
     "DefenseEntry",
     "DirectionalNoise",
+    "Floor",
     "Fresh",
     "GaussianNoise",
     "Isotropic",

@@ -8,11 +8,18 @@ schedule.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 from gradguard.defenses.laws.base import Shape
 from gradguard.defenses.release import Release
 from gradguard.errors import InputError
+from gradguard.leakage.floors import bayes_floor
+from gradguard.linalg.covariances import PowerLawPrior
+
+#: Steps of the search for the least noise that holds a floor; the last moves the noise by less than 0.1%.
+SEARCH_STEPS = 24
 
 
 def require_positive(**values: float) -> None:
@@ -104,3 +111,78 @@ class NoiseMultiplier(Strength):
                 "here. Clip first: `Compose(steps=(ClipPerExample(max_norm=1), Noise(strength=NoiseMultiplier(...))))`."
             )
         return self.value * release.sensitivity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor(Strength):
+    """The least noise with which no attacker gets an example better than a floor, the most exposed one included.
+
+    The floor is the Bayes floor of the linear-Gaussian model (`leakage.bayes_floor`), of an attacker who knows the
+    prior, the defense, and all other examples. It depends on the private batch: no mechanism with a guarantee.
+
+    Args:
+        psnr: dB for inputs in a range of 1: what no attacker is to reach. It must lie above the prior's own.
+        prior: What inputs look like: anything with `sqrt(x)`, `(N, *input_shape)`.
+        others_known: The attacker knows the other examples of the batch; `False`: it must solve for all of them.
+
+    Raises:
+        InputError: If `psnr` is not finite.
+    """
+
+    psnr: float
+    prior: PowerLawPrior = field(default_factory=PowerLawPrior)
+    others_known: bool = True
+
+    def __post_init__(self) -> None:
+        if not -float("inf") < self.psnr < float("inf"):
+            raise InputError(f"`Floor(psnr=...)` must be finite, got {self.psnr}.")
+
+    def std(self, release: Release, shape: Shape) -> float:
+        """Found by halving on a logarithmic scale, rounded up: the floor holds.
+
+        Args:
+            release: The message with its batch.
+            shape: Of the noise; its covariance must be known before it is drawn.
+
+        Returns:
+            Gradient units.
+
+        Raises:
+            InputError: If no noise reaches the floor, or the law's covariance is not known before the draw.
+        """
+        if shape.knowledge(1.0).variance is None:
+            raise InputError(
+                "`Floor` has to know the noise's covariance before it is drawn, and this law's is known only after. "
+                "Use the `Isotropic` law, or `Ratio` and read the floor from `leakage.bayes_floor`."
+            )
+        jacobian = release.jacobian if self.others_known else release.jacobian.joint()
+
+        def reached(std: float) -> float:
+            found = bayes_floor(
+                jacobian,
+                self.prior,
+                variance=shape.knowledge(std).variance,
+                generator=torch.Generator().manual_seed(0),  # of the trace's probes: the same for every trial
+            )
+            assert found.prior_psnr is not None
+            if found.prior_psnr.max() > self.psnr:
+                raise InputError(
+                    f"No noise keeps an attacker below {self.psnr:g} dB: the prior alone, without any gradient, gets "
+                    f"{found.prior_psnr.max():.2f} dB. Ask for a higher floor, or give the prior that is meant."
+                )
+            return float(found.psnr.max())
+
+        high = max(release.norm, torch.finfo(torch.float32).tiny)
+        while reached(high) > self.psnr:
+            high *= 32
+        low = high
+        while reached(low) <= self.psnr:
+            high, low = low, low / 32
+            if low < high * 1e-30 or low < 1e-30:
+                return low  # even no noise at all holds it
+        for _ in range(SEARCH_STEPS):
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if reached(middle) > self.psnr else (low, middle)
+            if high / low < 1.001:
+                break
+        return high

@@ -9,6 +9,7 @@ import gradguard as gg
 from gradguard.defenses import (
     Compose,
     Defense,
+    Floor,
     GaussianNoise,
     Noise,
     NoiseMultiplier,
@@ -21,6 +22,8 @@ from gradguard.defenses import (
 )
 from gradguard.defenses.laws import Isotropic, PriorAware, PriorDirections, SmallEigenspace
 from gradguard.errors import InputError
+from gradguard.leakage import bayes_floor
+from gradguard.linalg.covariances import PowerLawPrior
 from gradguard.testing import check_defense
 from gradguard.testing.settings import batch, dense
 
@@ -198,3 +201,21 @@ def test_a_defense_of_ones_own_starts_too():
     sent = Mine().start(KEY).protect(given)
     assert sent.knowledge.noisy
     assert sent.cost["std"] == pytest.approx(1.0, rel=0.1)
+
+
+@pytest.mark.parametrize("wanted", [14.0, 25.0, 40.0])
+def test_the_least_noise_that_holds_a_floor(wanted):
+    given = release()
+    std = Floor(psnr=wanted).std(given, Isotropic().prepare(given))
+    at, below = (
+        bayes_floor(given.jacobian, PowerLawPrior(), variance=s**2).psnr.max().item() for s in (std, 0.99 * std)
+    )
+    assert at <= wanted < below
+
+
+def test_a_floor_that_no_noise_holds_is_refused():
+    given = release()
+    with pytest.raises(InputError, match="the prior alone"):
+        Noise(strength=Floor(psnr=5.0)).start(KEY).protect(given)
+    with pytest.raises(InputError, match="before it is drawn"):
+        Noise(law=PriorDirections(), strength=Floor(psnr=20.0)).start(KEY).protect(given)
