@@ -214,7 +214,8 @@ class GradGuard(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """What has been zeroed in place since the batch began is no gradient of earlier batches."""
-        self._left_over = {p: g for p, g in self._left_over.items() if p.grad is g() and bool(p.grad.any())}
+        kept = {p: g for p, g in self._left_over.items() if p.grad is not None and p.grad is g()}
+        self._left_over = {p: g for p, g in kept.items() if bool(p.grad.any())}
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The batch is part of the gradient; one whose `training_step` returns `None` never comes here."""
