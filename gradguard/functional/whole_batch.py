@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from gradguard.errors import InputError
 from gradguard.functional.loss_gradient import LossGradient
 from gradguard.functional.preserved import RandomState
-from gradguard.functional.structures import Rest, named_leaves
+from gradguard.functional.structures import Rest, named_leaves, rebuild
 
 
 def take(function: LossGradient, inputs: Any, targets: Any) -> tuple[LossGradient, Tensor, Rest]:
@@ -53,3 +56,69 @@ def _is_embedded(function: LossGradient, inputs: Any) -> bool:
     module = function.model.get_submodule(str(function.input_module))
     width = module.embedding_dim if isinstance(module, nn.Embedding) else None
     return any(leaf.is_floating_point() and leaf.ndim == 3 and width in (None, leaf.shape[2]) for _, leaf in leaves)
+
+
+def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+    """A loader's batch, or a data set's item, as inputs and targets.
+
+    Args:
+        batch: A pair of tensors or structures, or a mapping of the model's inputs with `labels` beside them.
+
+    Returns:
+        The two.
+
+    Raises:
+        InputError: It is neither.
+    """
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        return batch[0], batch[1]
+    if isinstance(batch, Mapping) and "labels" in batch and len(batch) > 1:
+        return {name: part for name, part in batch.items() if name != "labels"}, batch["labels"]
+    raise InputError(
+        f"a {type(batch).__name__}, not a pair (inputs, targets), each a tensor or a structure of tensors, and not a "
+        "mapping with `labels` beside the model's inputs"
+    )
+
+
+def num_examples(tree: Any) -> int:
+    """How many examples a batch's inputs hold: the rows of their first tensor that has rows; 0 without one."""
+    return next((len(leaf) for _, leaf in named_leaves(tree) if isinstance(leaf, Tensor) and leaf.ndim), 0)
+
+
+def rows_of_tree(tree: Any, rows: slice, count: int) -> Any:
+    """`tree` with the given rows of each tensor that has one per example, of `count`; other leaves as they are."""
+
+    def one(leaf: Any) -> Any:
+        return leaf[rows] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == count else leaf
+
+    return rebuild(tree, one)
+
+
+def concatenated(parts: list[Any]) -> Any:
+    """Several batches' inputs (or targets), of one structure, as one.
+
+    Args:
+        parts: Tensors with the batch first, or structures of them.
+
+    Returns:
+        One behind the other; a leaf that is no tensor with rows is the first part's.
+
+    Raises:
+        InputError: They are of different structures or shapes.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    leaves = [named_leaves(part) for part in parts]
+    names = {tuple(name for name, _ in own) for own in leaves}
+    shapes = {tuple(tuple(getattr(leaf, "shape", ()))[1:] for _, leaf in own) for own in leaves}
+    if len(names) > 1 or len(shapes) > 1:
+        found = sorted(str(s[0] if len(s) == 1 else s) for s in shapes) if len(names) == 1 else sorted(map(str, names))
+        raise InputError(f"they differ in shape or structure ({found})")
+    columns = zip(*([leaf for _, leaf in own] for own in leaves), strict=True)
+    joined = iter([torch.cat(c) if isinstance(c[0], Tensor) and c[0].ndim else c[0] for c in map(list, columns)])
+    return rebuild(parts[0], lambda leaf: next(joined))
+
+
+def moved(tree: Any, device: torch.device) -> Any:
+    """Every tensor on the device."""
+    return rebuild(tree, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)

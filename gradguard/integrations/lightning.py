@@ -24,7 +24,7 @@ from gradguard.functional.loss_gradient import LossFunction, LossGradient, rando
 from gradguard.functional.preserved import RandomState, random_state_kept
 from gradguard.functional.structures import Rest
 from gradguard.functional.vectors import Gradient, add, norm
-from gradguard.functional.whole_batch import replaying, take
+from gradguard.functional.whole_batch import inputs_and_targets, replaying, take
 from gradguard.guard import Guard, Measures
 from gradguard.integrations.training_step import Batch, SentOnce, StepWatch, Window
 from gradguard.leakage import rank_check
@@ -215,7 +215,7 @@ class GradGuard(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """What has been zeroed in place since the batch began is no gradient of earlier batches."""
         kept = {p: g for p, g in self._left_over.items() if p.grad is not None and p.grad is g()}
-        self._left_over = {p: g for p, g in kept.items() if bool(p.grad.any())}
+        self._left_over = {p: g for p, g in kept.items() if p.grad is not None and bool(p.grad.any())}
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The batch is part of the gradient; one whose `training_step` returns `None` never comes here."""
@@ -541,7 +541,7 @@ class GradGuard(Callback):
     ) -> None:
         """Raises `InputError` unless the gradient that is measured is the one that the step has computed."""
         own = _without_lookup(function, own)
-        given = {n: torch.zeros_like(g) if gradient[n] is None else gradient[n].to(g) for n, g in own.items()}
+        given = {n: torch.zeros_like(g) if (its := gradient[n]) is None else its.to(g) for n, g in own.items()}
         distance = (norm(add(given, own, -1.0)) / norm(given).clamp_min(1e-30)).item()
         precise = str(trainer.precision).startswith(("32", "64"))
         if distance <= (AS_SENT if precise else AS_SENT_MIXED):
@@ -579,16 +579,18 @@ class GradGuard(Callback):
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
-    """The default `unpack`: a pair (inputs, targets), or a mapping of the model's inputs with `labels` beside them."""
-    parts = Tensor | Mapping | tuple | list
-    if isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, parts) for part in batch):
-        return batch[0], batch[1]
-    if isinstance(batch, Mapping) and "labels" in batch and len(batch) > 1:
-        return {name: part for name, part in batch.items() if name != "labels"}, batch["labels"]
-    raise InputError(
-        f"The batch is a {type(batch).__name__}, not a pair (inputs, targets): pass "
-        "`unpack=lambda batch: (inputs, targets)`, each a tensor or a structure of tensors."
-    )
+    """The default `unpack`."""
+    try:
+        inputs, targets = inputs_and_targets(batch)
+    except InputError as error:
+        raise InputError(f"The batch is {error}: pass `unpack=lambda batch: (inputs, targets)`.") from error
+    for part in (inputs, targets):
+        if not isinstance(part, Tensor | Mapping | tuple | list):
+            raise InputError(
+                f"The batch holds a {type(part).__name__}, no tensor or structure of tensors: pass `unpack=lambda "
+                "batch: (inputs, targets)`."
+            )
+    return inputs, targets
 
 
 def _without_lookup(function: LossGradient, gradient: Gradient) -> Gradient:

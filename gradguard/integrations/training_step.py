@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from gradguard.errors import InputError
 from gradguard.functional.loss_gradient import LossFunction
 from gradguard.functional.preserved import RandomState
-from gradguard.functional.structures import map_rows, named_leaves, output_tensors, rebuild
+from gradguard.functional.structures import map_rows, output_tensors, rebuild
+from gradguard.functional.whole_batch import concatenated, num_examples
 
 
 class SentOnce:
@@ -88,11 +90,17 @@ class Window:
         """All batches of the window as one: inputs `(B, *input_shape)` and targets `(B, ...)`, or structures."""
         if len(self.batches) == 1:
             return self.batches[0].inputs, self.batches[0].targets
-        return _concatenated([b.inputs for b in self.batches]), _concatenated([b.targets for b in self.batches])
+        try:
+            return concatenated([b.inputs for b in self.batches]), concatenated([b.targets for b in self.batches])
+        except InputError as error:
+            raise InputError(
+                f"The batches of one accumulated gradient are measured as one batch, and {error}: sort examples by "
+                "shape, or leave accumulation out."
+            ) from error
 
     def loss(self, loss_fn: LossFunction) -> LossFunction:
         """The loss of `joined()` whose gradient is the mean of the batches' own gradients."""
-        sizes = tuple(_length(b.inputs) for b in self.batches)
+        sizes = tuple(num_examples(b.inputs) for b in self.batches)
         alike = len(set(sizes)) == 1 and all(_weighs_alike(loss_fn, b.targets) for b in self.batches)
         return loss_fn if len(sizes) == 1 or alike else MeanOfBatches(loss_fn, sizes)
 
@@ -115,10 +123,14 @@ class MeanOfBatches:
         losses, first = [], 0
         for size in self.sizes:
             rows = slice(first, first + size)
-            own, known = (map_rows(lambda part, rows=rows: part[rows], whole, count) for whole in (outputs, targets))
+            own, known = (map_rows(partial(_rows, rows=rows), whole, count) for whole in (outputs, targets))
             losses.append(self.loss_fn(own, known))
             first += size
         return torch.stack(losses).mean()
+
+
+def _rows(part: Tensor, rows: slice) -> Tensor:
+    return part[rows]
 
 
 def _detached(leaf: Any) -> Any:
@@ -130,26 +142,6 @@ def _weighs_alike(loss_fn: LossFunction, targets: Any) -> bool:
     if not isinstance(targets, Tensor) or getattr(loss_fn, "weight", None) is not None:
         return False
     return targets.is_floating_point() or not bool((targets == getattr(loss_fn, "ignore_index", -100)).any())
-
-
-def _length(inputs: Any) -> int:
-    """How many examples a batch holds: the rows of its first tensor that has rows."""
-    return next(len(leaf) for _, leaf in named_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim)
-
-
-def _concatenated(parts: list[Any]) -> Any:
-    """Several batches' inputs (or targets) as one."""
-    leaves = [named_leaves(part) for part in parts]
-    names = [[name for name, _ in own] for own in leaves]
-    columns = list(zip(*([leaf for _, leaf in own] for own in leaves), strict=False))
-    shapes = {tuple(getattr(leaf, "shape", ())[1:] for _, leaf in own) for own in leaves}
-    if len(shapes) > 1 or any(own != names[0] for own in names):
-        raise InputError(
-            f"The batches of one accumulated gradient differ in shape ({sorted(map(str, shapes))}), and gradguard "
-            "measures them as one batch: sort examples by shape, or leave accumulation out."
-        )
-    joined = iter([torch.cat(c) if isinstance(c[0], Tensor) and c[0].ndim else c[0] for c in columns])
-    return rebuild(parts[0], lambda leaf: next(joined))
 
 
 class StepWatch:
