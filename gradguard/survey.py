@@ -181,7 +181,7 @@ class _Measurement:
         """Every column but the digest, for examples `first`, `first + 1`, ... of the data."""
         function = self.function
         _check(function, inputs, targets, first, self.value_range)
-        inputs, targets = function.cast(inputs.detach()), function.cast(targets.detach())
+        inputs, targets = function.cast(inputs.detach()), function.cast(map_rest(torch.Tensor.detach, targets))
         parameters = function.parameters()
 
         gradients, losses = _own_gradients(function, parameters, inputs, targets)

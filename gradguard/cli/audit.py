@@ -81,6 +81,8 @@ def survey_of(case: Subject, output: Path | None, as_json: bool, **options: Any)
             seed=case.seed,
             class_names=case.class_names,
             value_range=case.guard.threat.value_range,
+            input_module=case.guard.input_module,
+            private=case.guard.private,
             **options,
         )
     except KeyboardInterrupt:

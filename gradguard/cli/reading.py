@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from gradguard.errors import InputError
+from gradguard.functional.loss_gradient import LossFunction
 from gradguard.zoo.models import NAMED
 from gradguard.zoo.picture_folder import PictureFolder
 from gradguard.zoo.pictures import Pictures, digits, load_npz, photos
+
+LOSSES: dict[str, Callable[[], nn.Module]] = {
+    "cross-entropy": nn.CrossEntropyLoss,
+    "binary-cross-entropy": nn.BCEWithLogitsLoss,
+    "mse": nn.MSELoss,
+}
 
 
 def load_model(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
@@ -20,11 +29,28 @@ def load_model(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
     if name in NAMED:
         factory, shape = NAMED[name]
         return factory(), shape
-    path, _, attribute = name.rpartition(":")
-    if not path:
+    if ":" not in name:
         raise InputError(
             f"`--model` must be one of {', '.join(NAMED)}, or FILE.py:FACTORY or MODULE:FACTORY; got {name!r}."
         )
+    model = called("--model", name)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"`{name}` must return an nn.Module, it returned a {type(model).__name__}.")
+    return model, None
+
+
+def called(option: str, name: str) -> Any:
+    """What the factory `FILE.py:FACTORY` or `MODULE:FACTORY` returns."""
+    factory = attribute_of(option, name)
+    try:
+        return factory()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise InputError(f"`{option} {name}`: {error}.") from error
+
+
+def attribute_of(option: str, name: str) -> Any:
+    """The function (or whatever else) that `FILE.py:NAME` or `MODULE:NAME` names."""
+    path, _, attribute = name.rpartition(":")
     try:
         if path.endswith(".py"):
             spec = importlib.util.spec_from_file_location("gradguard_user_model", path)
@@ -34,21 +60,34 @@ def load_model(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(path)
-        model = getattr(module, attribute)()
+        return getattr(module, attribute)
     except (ImportError, AttributeError, TypeError) as error:
-        raise InputError(f"`--model {name}`: {error}.") from error
-    if not isinstance(model, nn.Module):
-        raise InputError(f"`{name}` must return an nn.Module, it returned a {type(model).__name__}.")
-    return model, None
+        raise InputError(f"`{option} {name}`: {error}.") from error
 
 
-def load_data(name: str, shape: tuple[int, ...] | None) -> Pictures | PictureFolder:
-    """The bundled set called `name`, a folder of pictures, or an `.npz`."""
+def load_data(name: str, shape: tuple[int, ...] | None) -> Any:
+    """The bundled set called `name`, a folder of pictures, an `.npz`, or what `FILE.py:FACTORY` returns."""
     if name == "digits":
         return digits()
     if name == "photos":
         return photos(shape[-1] if shape else 32)
+    if ":" in name and not Path(name).exists():
+        return called("--data", name)
     return PictureFolder(name, shape=shape) if Path(name).is_dir() else load_npz(name)
+
+
+def load_loss(name: str) -> LossFunction:
+    """The named loss, or the function `FILE.py:FUNCTION` of outputs and targets."""
+    if name in LOSSES:
+        return LOSSES[name]()
+    if ":" not in name:
+        raise InputError(
+            f"`--loss` must be one of {', '.join(LOSSES)}, or FILE.py:FUNCTION or MODULE:FUNCTION; got {name!r}."
+        )
+    loss = attribute_of("--loss", name)
+    if not callable(loss) or isinstance(loss, type):
+        raise InputError(f"`--loss {name}` must be a function (outputs, targets) -> scalar.")
+    return loss
 
 
 def first_pictures(folder: PictureFolder, count: int) -> Pictures:

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from gradguard.attacks import DLG, IDLG, ILRG, RGAP, Attack, InvertingGradients
 from gradguard.cli.common import options
-from gradguard.cli.reading import checked_device, first_pictures, load_data, load_model, parse_range, parse_shape
+from gradguard.cli.reading import (
+    LOSSES,
+    checked_device,
+    first_pictures,
+    load_data,
+    load_loss,
+    load_model,
+    parse_range,
+    parse_shape,
+)
 from gradguard.defenses import Defense, GaussianNoise, PriorNoise, Pruning, SmallEigenspaceNoise
 from gradguard.defenses.stream import SEEDED, fresh_noise
+from gradguard.errors import InputError
+from gradguard.evaluation.datasets import chunks, length
+from gradguard.evaluation.datasets import class_names as names_of
+from gradguard.functional.whole_batch import moved, num_examples
 from gradguard.guard import Guard
 from gradguard.policy import Policy
 from gradguard.storage.files import load_weights
@@ -23,11 +38,6 @@ from gradguard.zoo.models import NAMED
 from gradguard.zoo.picture_folder import PictureFolder
 from gradguard.zoo.pictures import Pictures
 
-LOSSES: dict[str, Callable[[], nn.Module]] = {
-    "cross-entropy": nn.CrossEntropyLoss,
-    "binary-cross-entropy": nn.BCEWithLogitsLoss,
-    "mse": nn.MSELoss,
-}
 #: Class indices `(N,)` as each loss takes them.
 AS_TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
     "cross-entropy": lambda labels: labels,
@@ -64,13 +74,24 @@ subject_options = options(
         "--data",
         default="digits",
         show_default=True,
-        help='"digits", "photos", an .npz with images and labels, or a folder of pictures with a sub-folder per class.',
+        help='"digits", "photos", an .npz with images and labels, a folder of pictures with a sub-folder per class, or '
+        "FILE.py:FACTORY or MODULE:FACTORY, a function that returns a Dataset, batches, or (inputs, targets): tensors, "
+        "tuples and dictionaries of them, targets as the loss takes them.",
     ),
+    click.option(
+        "--input-module", help='Of a model of tokens: the module that looks them up, such as "transformer.wte".'
+    ),
+    click.option("--private", help="Key or position of the private input, where inputs are a dictionary or a tuple."),
     click.option(
         "--input-shape",
         help="Channels,height,width that the pictures of a folder are scaled to (default: the named model's own).",
     ),
-    click.option("--loss", type=click.Choice(list(LOSSES)), default="cross-entropy", show_default=True),
+    click.option(
+        "--loss",
+        default="cross-entropy",
+        show_default=True,
+        help=f"A name ({', '.join(LOSSES)}), or FILE.py:FUNCTION or MODULE:FUNCTION of outputs and targets.",
+    ),
     click.option(
         "--batch-size",
         type=click.IntRange(1),
@@ -151,6 +172,8 @@ class Subject:
         weights: Path | None,
         data: str,
         input_shape: str | None,
+        input_module: str | None,
+        private: str | None,
         loss: str,
         batch_size: int,
         defense: str | None,
@@ -175,14 +198,13 @@ class Subject:
             load_weights(weights, self.model)
         self.model.to(place).eval()
         self.data = load_data(data, parse_shape(input_shape) if input_shape else default_shape)
-        self.count = len(self.data.images) if isinstance(self.data, Pictures) else len(self.data)
-        batch_size = self.count if whole else batch_size
-        pictures = self.data if isinstance(self.data, Pictures) else first_pictures(self.data, batch_size)
-        self.inputs = pictures.images[:batch_size].to(place)
-        self.as_targets = AS_TARGETS[loss]
-        self.targets = self.as_targets(pictures.labels[:batch_size]).to(place)
-        self.loss_fn = LOSSES[loss]()
-        self.class_names = pictures.class_names
+        self.as_targets = AS_TARGETS.get(loss, _as_they_are)
+        self.loss_fn = load_loss(loss)
+        self.class_names = names_of(self.data)
+        inputs, targets = self._first(batch_size, whole)
+        self.inputs, self.targets = moved(inputs, place), moved(targets, place)
+        self.size = num_examples(self.inputs)
+        self.count = length(self.data) or self.size
         self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
         if noise_seed is not None:
@@ -199,13 +221,33 @@ class Subject:
                 accept_unproven=accept_unproven,
             ),
             threat=ThreatModel(max_attacked=attacked, value_range=parse_range(value_range)),
+            input_module=input_module,
+            private=private,
         )
 
-    def examples(self) -> tuple[Tensor, Tensor] | Dataset:
+    def _first(self, batch_size: int, whole: bool) -> tuple[Any, Any]:
+        """The first `batch_size` examples, or all."""
+        if isinstance(self.data, Pictures | PictureFolder):
+            pictures = self.data
+            count = (len(pictures.images) if isinstance(pictures, Pictures) else len(pictures)) if whole else batch_size
+            if isinstance(pictures, PictureFolder):
+                pictures = first_pictures(pictures, count)
+            return pictures.images[:count], self.as_targets(pictures.labels[:count])
+        size = sys.maxsize if whole else batch_size
+        found = next(chunks(self.data, size, None if whole else batch_size), None)
+        if found is None:
+            raise InputError("The data hold no example.")
+        return found
+
+    def examples(self) -> Any:
         """All of the data, labels in the form that the loss takes; a folder's pictures as they are needed."""
         if isinstance(self.data, Pictures):
             return self.data.images, self.as_targets(self.data.labels)
-        return Relabelled(self.data, self.as_targets)
+        return Relabelled(self.data, self.as_targets) if isinstance(self.data, PictureFolder) else self.data
+
+
+def _as_they_are(labels: Tensor) -> Tensor:
+    return labels
 
 
 class Relabelled(Dataset):
