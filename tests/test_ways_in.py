@@ -320,3 +320,12 @@ def test_local_training_on_a_structured_batch():
         optimizer.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(mean[name], (start[name] - parameter.detach()) / 0.2)
+
+
+def test_tokens_that_cannot_be_told_from_a_mask_are_asked_for_by_name():
+    model, (_, targets) = WORLD["tagger"](), WORLD["texts"]()
+    same = {"mask": torch.ones(5, 4, dtype=torch.int64), "ids": torch.ones(5, 4, dtype=torch.int64)}
+    options = {"attacks": (), "threat": ThreatModel(value_range=None), "input_module": "table"}
+    with pytest.raises(InputError, match="`private=`"):
+        Guard(**options).audit(model, WORLD["both"], same, targets)
+    assert Guard(private="ids", **options).audit(model, WORLD["both"], same, targets).input_shape == (4, 4)

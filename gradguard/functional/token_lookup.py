@@ -75,6 +75,11 @@ class TokenLookup:
         self._check_calls(len(found))
         # The tokens are what the module was asked for; a mask of whole numbers beside them is not.
         same = [w for w in wanted if any(a.shape == w[1].shape and bool((a == w[1]).all()) for a in asked)]
+        if len(same) > 1:
+            raise InputError(
+                f"The inputs {[n for n, _ in same]} hold the same whole numbers: which of them are the tokens cannot "
+                "be told: name them with `private=`."
+            )
         name, ids = (same or wanted)[0]
         embeddings = found[0]
         if not isinstance(embeddings, Tensor) or embeddings.ndim != 3 or embeddings.shape[:2] != ids.shape:
