@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gradguard.attacks._closed_form.determined import determines
 from gradguard.attacks._closed_form.given_labels import check_differentiable, with_usable_labels
 from gradguard.attacks._closed_form.heads import Head
 from gradguard.attacks._closed_form.rgap_batch import Recovered, check_batch, examples, first_layer, recovered
 from gradguard.attacks._closed_form.rgap_descent import Descent, is_short
-from gradguard.attacks._closed_form.rgap_layer import EXACT, LayerSolver, determines
+from gradguard.attacks._closed_form.rgap_layer import EXACT, LayerSolver
 from gradguard.attacks._closed_form.rgap_problem import PERFECT, Problem, Trial
 from gradguard.attacks.base import Attack
 from gradguard.chain import few_threads, walk
@@ -93,11 +94,10 @@ class RGAP(Attack):
         """Raises `InputError` for a batch on convolutions or a zero gradient, `UnsupportedModelError` for no chain."""
         if observation.batch_size > 1:
             check_batch(observation, walk(observation.loss_gradient, observation.input_shape))
-        else:
-            walk(observation.loss_gradient, observation.input_shape, residual=True)
+        chain = walk(observation.loss_gradient, observation.input_shape, residual=True)
         observation = with_usable_labels(observation)
         check_differentiable(observation)
-        Problem(_as_one(observation))
+        Problem(_as_one(observation), chain)
 
     def run(self, observation: Observation, generator: torch.Generator | None) -> Reconstruction:
         """The attack. It draws no random numbers."""
