@@ -143,9 +143,14 @@ class LayerByLayer:
         return self._sum({n: p.new_zeros(self.problems, *p.shape) for n, p in self.parameters.items()}, parts)
 
     def matvec(self, delta: Mapping[str, Tensor], *, then: bool = False) -> Tensor:
-        """`J_r delta_r` (`R` or one row per parameter: `(R, *parameter_shape)`): `(R, n, *input_shape)`.
+        """`J_r delta_r`.
 
-        `then`: other products follow, whose graph is made on the way.
+        Args:
+            delta: One row for each problem, or one for all: `(R, *parameter_shape)` or `(1, *parameter_shape)`.
+            then: Other products follow, whose graph is made on the way.
+
+        Returns:
+            `(R, n, *input_shape)`.
         """
         if then and self._pulled is None:
             self._pulled = self._graph_of_pull_back(self._chosen(self._cotangents(delta)))
