@@ -25,6 +25,7 @@ from gradguard.functional.loss_gradient import LossFunction, LossGradient, Train
 from gradguard.functional.precision import full_precision
 from gradguard.functional.structures import targets_of
 from gradguard.functional.vectors import Gradient, add, norm
+from gradguard.functional.whole_batch import take
 from gradguard.leakage import spectrum
 from gradguard.policy import Policy
 from gradguard.report import LeakageReport, Verdict
@@ -129,7 +130,7 @@ class Guard:
         Raises:
             InputError: What `LossGradient` raises, and for inputs outside the value range, before any long work.
         """
-        function, inputs, targets = self.loss_gradient(model, loss_fn).bind(inputs, targets)
+        function, inputs, targets = take(self.loss_gradient(model, loss_fn), inputs, targets)
         starts = _starts(generator)
         with progress_bar("auditing", self._steps()) as bar:
             jacobian = InputJacobian(function, inputs, targets)
@@ -229,7 +230,7 @@ class Guard:
             ForeignMessageError: an `InputError`, for a message that is not of this batch at these weights; it says what
                 the message looks like.
         """
-        function, inputs, targets = self.loss_gradient(model, loss_fn).bind(inputs, targets)
+        function, inputs, targets = take(self.loss_gradient(model, loss_fn), inputs, targets)
         starts = _starts(generator)
         message = read_message(
             function, inputs, targets, gradient, training=training, declared=declared, missing=missing, foreign=foreign

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,9 @@ from gradguard.evaluation.datasets import class_names as names_of
 from gradguard.evaluation.measurement import MAX_ITERATIONS, measure
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossFunction, LossGradient, TrainMode
-from gradguard.functional.vectors import flatten
+from gradguard.functional.structures import Rest, map_rest, named_leaves, rows_of, targets_of
+from gradguard.functional.vectors import Gradient, flatten
+from gradguard.functional.whole_batch import moved, num_examples, rows_of_tree, take
 from gradguard.guard import Guard
 from gradguard.report.survey_report import DTYPES, NO_CLASS, ClassSummary, ExampleSummary, Survey
 from gradguard.storage.checkpoint import Checkpoint
@@ -52,7 +55,7 @@ Columns = dict[str, Tensor]
 def survey(
     model: nn.Module,
     loss_fn: LossFunction,
-    data: Dataset | Pictures | tuple[Tensor, Tensor] | Iterable,
+    data: Dataset | Pictures | tuple[Any, Any] | Iterable,
     *,
     defense: Defense = YARDSTICK,
     exact: bool = False,
@@ -62,6 +65,8 @@ def survey(
     seed: int = 0,
     class_names: Sequence[str] = (),
     train_mode: TrainMode = "error",
+    input_module: str | None = None,
+    private: str | int | None = None,
     lanczos_steps: int = 20,
     max_iterations: int = MAX_ITERATIONS,
     value_range: tuple[float, float] | None = (0.0, 1.0),
@@ -91,6 +96,8 @@ def survey(
             on where the pass was interrupted. They are drawn on a CUDA model's device, else on the CPU.
         class_names: One per class. Default: the data set's own.
         train_mode: See `LossGradient`.
+        input_module: See `LossGradient`: the module that looks tokens up. They are embedded; `value_range=None` then.
+        private: See `LossGradient`: which input is private.
         lanczos_steps: Steps for `lambda_max`, at least 1. Fixed per example, so that results do not depend on the
             batch.
         max_iterations: Of the exact solver on inputs too large for a dense Jacobian, at least 1.
@@ -117,7 +124,8 @@ def survey(
             "`defense` must be the noise that examples are compared under, such as GaussianNoise(noise_ratio=0.5): "
             "without any, gradient matching misses none of them."
         )
-    function = Guard(defense=defense, attacks=(), train_mode=train_mode).loss_gradient(model, loss_fn)
+    guard = Guard(defense=defense, attacks=(), train_mode=train_mode, input_module=input_module, private=private)
+    function = guard.loss_gradient(model, loss_fn)
     function.check_model()
     measurement = _Measurement(function, defense, exact, seed, lanczos_steps, max_iterations, value_range)
     size = batch_size or max(1, min(BATCH_SIZE, CHUNK_ELEMENTS // function.num_parameters))
@@ -128,18 +136,19 @@ def survey(
     if in_memory(data) is not None:
         # What is wrong with the last example is better said now than after an hour.
         for number, (inputs, targets) in enumerate(chunks(data, size, examples)):
-            _check(function, inputs.to(function.device), targets.to(function.device), number * size, value_range)
+            _check(*_taken(function, inputs, targets), number * size, value_range)
     position = 0
     try:
         with progress_bar("measuring examples", examples or length(data), shown=None if progress else False) as bar:
             for inputs, targets in chunks(data, size, examples):
-                digest = example_digests(inputs, targets)
+                digest, count = example_digests(*_columns(inputs), *_columns(targets)), num_examples(inputs)
                 known = measured.recognise(digest, position)
-                if known < len(inputs):
-                    fresh = inputs[known:].to(function.device), targets[known:].to(function.device)
-                    columns = measurement(*fresh, position + known)
-                    measured.add(columns | {"digest": digest[known:]}, tuple(inputs.shape[1:]))
-                position += len(inputs)
+                if known < count:
+                    fresh = (rows_of_tree(part, slice(known, None), count) for part in (inputs, targets))
+                    bound, own, rest = _taken(function, *fresh)
+                    columns = replace(measurement, function=bound)(own, rest, position + known)
+                    measured.add(columns | {"digest": digest[known:]}, tuple(own.shape[1:]))
+                position += count
                 bar.to(position)
         if position == 0:
             raise InputError("`data` hold no example: there is nothing to measure.")
@@ -179,24 +188,23 @@ class _Measurement:
             "dtype": str(function.computing_dtype).removeprefix("torch."),
             "random numbers": self._generator_device(),
         }
+        named = {"input module": function.input_module, "private": function.private}
+        found |= {name: str(value) for name, value in named.items() if value is not None}
         return found | ({"max_iterations": str(self.max_iterations)} if self.exact else {})
 
-    def __call__(self, inputs: Tensor, targets: Tensor, first: int) -> Columns:
+    def __call__(self, inputs: Tensor, targets: Rest, first: int) -> Columns:
         """Every column but the digest, for examples `first`, `first + 1`, ... of the data."""
         function = self.function
         _check(function, inputs, targets, first, self.value_range)
-        inputs, targets = function.cast(inputs.detach()), function.cast(targets.detach())
+        inputs, targets = function.cast(inputs.detach()), function.cast(map_rest(torch.Tensor.detach, targets))
         parameters = function.parameters()
 
-        def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            return function.loss(p, x[None], y[None])
-
-        gradients, losses = vmap(grad_and_value(loss), in_dims=(None, 0, 0))(parameters, inputs, targets)
+        gradients, losses = _own_gradients(function, parameters, inputs, targets)
         gradient_norm = torch.linalg.vector_norm(flatten(gradients, batch_dims=1), dim=-1)
         _check_finite(losses + gradient_norm, losses, first)
         delta, start = self._random_part(gradients, inputs, targets, first)
         # Operators of batches of one, so that nothing is weighted by the number of examples in the chunk.
-        jacobian = InputJacobian.of_trials(function, inputs[:, None], targets[:, None])
+        jacobian = InputJacobian.of_trials(function, inputs[:, None], rows_of(targets, (slice(None), None)))
         # A tolerance of zero: all the steps, whatever the neighbours in the chunk need.
         found = measure(
             jacobian,
@@ -209,7 +217,7 @@ class _Measurement:
         )
         bounded = found.room <= TOLERANCE * found.lambda_max
         columns = {
-            "label": _labels(targets),
+            "label": _labels(targets_of(targets), len(inputs)),
             "loss": losses,
             "gradient_norm": gradient_norm,
             "noise_norm": torch.linalg.vector_norm(flatten(delta, batch_dims=1), dim=-1),
@@ -222,7 +230,7 @@ class _Measurement:
         return {name: column.cpu().to(DTYPES[name]) for name, column in columns.items()}
 
     def _random_part(
-        self, gradients: dict[str, Tensor], inputs: Tensor, targets: Tensor, first: int
+        self, gradients: dict[str, Tensor], inputs: Tensor, targets: Rest, first: int
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Perturbations `(R, *parameter_shape)` per parameter, and start vectors for Lanczos `(R, D)`."""
         deltas, starts = [], []
@@ -231,7 +239,9 @@ class _Measurement:
             starts.append(randn((inputs[r].numel(),), inputs, generator))
             jacobian = None
             if self.defense.needs_jacobian:
-                jacobian = InputJacobian(self.function, inputs[r : r + 1], targets[r : r + 1], validate=False)
+                jacobian = InputJacobian(
+                    self.function, inputs[r : r + 1], rows_of(targets, slice(r, r + 1)), validate=False
+                )
             gradient = {n: g[r] for n, g in gradients.items()}
             deltas.append(self.defense.perturbation(gradient, jacobian, generator=generator))
         return {n: torch.stack([delta[n] for delta in deltas]) for n in gradients}, torch.stack(starts)
@@ -240,22 +250,54 @@ class _Measurement:
         return "cuda" if self.function.device.type == "cuda" else "cpu"
 
 
+def _taken(function: LossGradient, inputs: Any, targets: Any) -> tuple[LossGradient, Tensor, Rest]:
+    """A chunk of the data as the function takes it, on the model's device."""
+    return take(function, moved(inputs, function.device), moved(targets, function.device))
+
+
+def _columns(tree: Any) -> list[Tensor]:
+    """Every tensor of a chunk's inputs or targets, `(B, ...)`."""
+    return [leaf for _, leaf in named_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _own_gradients(
+    function: LossGradient, parameters: Gradient, inputs: Tensor, targets: Rest
+) -> tuple[Gradient, Tensor]:
+    """Each example's own gradient, `(B, *parameter_shape)` per parameter, and its loss, `(B,)`."""
+
+    def loss(p: Gradient, x: Tensor, y: Rest) -> Tensor:
+        return function.loss(p, x[None], map_rest(lambda part: part[None], y))
+
+    try:
+        return vmap(grad_and_value(loss), in_dims=(None, 0, 0))(parameters, inputs, targets)
+    except (torch.OutOfMemoryError, InputError):
+        raise
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        # What cannot be mapped over, as a forward pass that looks at its data: one by one.
+        found, losses = [], []
+        for r in range(len(inputs)):
+            own = inputs[r : r + 1], rows_of(targets, slice(r, r + 1))
+            found.append(function.gradient_at(parameters, *own))
+            losses.append(function.loss(parameters, *own).detach())
+        return {n: torch.stack([g[n] for g in found]) for n in parameters}, torch.stack(losses)
+
+
 def _seed_of(seed: int, example: int) -> int:
     """The seed of one example's generator; `seed + example` would give neighbouring seeds the same noise."""
     return int(np.random.SeedSequence((seed % 2**64, example)).generate_state(1, np.uint64)[0])
 
 
-def _labels(targets: Tensor) -> Tensor:
+def _labels(targets: Tensor | None, count: int) -> Tensor:
     """`(B,)` int64: targets of one whole number per example as class indices, anything else as `NO_CLASS`."""
-    if targets.numel() != len(targets):
-        return torch.full((len(targets),), NO_CLASS, device=targets.device)
+    if targets is None or targets.numel() != count:
+        return torch.full((count,), NO_CLASS)
     targets = targets.flatten()
     whole = (targets == targets.round()) & (targets >= 0) if targets.is_floating_point() else targets >= 0
     return torch.where(whole, targets, torch.full_like(targets, NO_CLASS)).to(torch.int64)
 
 
 def _check(
-    function: LossGradient, inputs: Tensor, targets: Tensor, first: int, value_range: tuple[float, float] | None
+    function: LossGradient, inputs: Tensor, targets: Rest, first: int, value_range: tuple[float, float] | None
 ) -> None:
     """`check_batch` and `check_in_range`, with the example at fault named."""
     try:
@@ -264,7 +306,7 @@ def _check(
     except InputError as whole:
         for r in range(len(inputs)):
             try:
-                function.check_batch(inputs[r : r + 1], targets[r : r + 1])
+                function.check_batch(inputs[r : r + 1], rows_of(targets, slice(r, r + 1)))
                 check_in_range(inputs[r], value_range)
             except InputError as error:
                 raise InputError(f"Example {first + r} of the data: {error}") from error

@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gradguard.attacks._closed_form.determined import determines
 from gradguard.attacks._closed_form.given_labels import check_differentiable, with_usable_labels
 from gradguard.attacks._closed_form.heads import Head
 from gradguard.attacks._closed_form.rgap_batch import Recovered, check_batch, examples, first_layer, recovered
 from gradguard.attacks._closed_form.rgap_descent import Descent, is_short
-from gradguard.attacks._closed_form.rgap_layer import EXACT, LayerSolver, determines
+from gradguard.attacks._closed_form.rgap_layer import EXACT, LayerSolver
 from gradguard.attacks._closed_form.rgap_problem import PERFECT, Problem, Trial
 from gradguard.attacks.base import Attack
 from gradguard.chain import few_threads, walk
@@ -90,17 +91,33 @@ class RGAP(Attack):
             raise InputError(f"`max_iterations` must be at least 1, got {self.max_iterations}.")
 
     def check(self, observation: Observation) -> None:
-        """Raises `InputError` for a batch on convolutions or a zero gradient, `UnsupportedModelError` for no chain."""
+        """Whether the attack can work on the observation, before any work.
+
+        Args:
+            observation: What the attacker sees.
+
+        Raises:
+            InputError: For a batch on convolutions, a zero gradient, or labels that the loss does not take.
+            UnsupportedModelError: For a model that is no chain, or where the recursion cannot start.
+        """
         if observation.batch_size > 1:
             check_batch(observation, walk(observation.loss_gradient, observation.input_shape))
-        else:
-            walk(observation.loss_gradient, observation.input_shape, residual=True)
+        chain = walk(observation.loss_gradient, observation.input_shape, residual=True)
         observation = with_usable_labels(observation)
         check_differentiable(observation)
-        Problem(_as_one(observation))
+        Problem(_as_one(observation), chain)
 
     def run(self, observation: Observation, generator: torch.Generator | None) -> Reconstruction:
-        """The attack. It draws no random numbers."""
+        """The attack. It draws no random numbers.
+
+        Args:
+            observation: What the attacker sees.
+            generator: Not used.
+
+        Returns:
+            The inputs `(B, *input_shape)`, the labels where they follow, and in `details` what the class describes; no
+            inputs if no candidate gave finite values.
+        """
         observation = with_usable_labels(observation)
         if observation.batch_size > 1:
             return self._run_batch(observation)

@@ -64,12 +64,28 @@ class SPEAR(Attack):
             raise InputError(f"`tolerance` must be positive, got {self.tolerance}.")
 
     def check(self, observation: Observation) -> None:
-        """Raises `UnsupportedModelError` without a first linear layer and ReLU, `InputError` for a batch too large."""
+        """Whether the attack can work on the observation, before any work.
+
+        Args:
+            observation: What the attacker sees.
+
+        Raises:
+            UnsupportedModelError: Without a first linear layer and a ReLU above it.
+            InputError: For a batch that is too large, or labels that the loss does not take.
+        """
         Disaggregation(observation)
         check_differentiable(with_usable_labels(observation))
 
     def run(self, observation: Observation, generator: torch.Generator | None) -> Reconstruction:
-        """Draw, keep the sparsest directions, and end once their examples have the gradient that was sent."""
+        """Draw, keep the sparsest directions, and end once their examples have the gradient that was sent.
+
+        Args:
+            observation: What the attacker sees.
+            generator: Draws the samples.
+
+        Returns:
+            The examples `(B, *input_shape)`, their labels where the loss tells, and in `details` what is proved.
+        """
         observation = with_usable_labels(observation)
         problem = Disaggregation(observation)
         found = factors(problem.gradient, observation.batch_size, problem.eps)

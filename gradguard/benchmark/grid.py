@@ -10,13 +10,14 @@ import torch
 from joblib import Parallel, delayed
 from rich.console import Console
 from rich.table import Column, Table
-from torch import Tensor, nn
+from torch import nn
 
 from gradguard.attacks import Attack
 from gradguard.defenses import Defense
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossFunction
 from gradguard.functional.vectors import add, flatten
+from gradguard.functional.whole_batch import take
 from gradguard.guard import Guard
 from gradguard.report import LeakageReport
 from gradguard.report.leakage_report import Case
@@ -83,8 +84,8 @@ class Comparison:
 def compare(
     model: nn.Module,
     loss_fn: LossFunction,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Any,
+    targets: Any,
     defenses: Sequence[Defense],
     *,
     attacks: Sequence[Attack] | None = None,
@@ -92,33 +93,42 @@ def compare(
     training: Training | None = None,
     seed: int = 0,
     workers: int = 1,
+    input_module: str | None = None,
+    private: str | int | None = None,
 ) -> Comparison:
     """Audit one batch's gradient bare and under each of several defenses, with the same attacks and the same starts.
 
     Args:
         model: As in `Guard.audit`.
         loss_fn: As in `Guard.audit`.
-        inputs: Shape `(B, *input_shape)`.
-        targets: Shape `(B, ...)`.
+        inputs: Shape `(B, *input_shape)`, or a structure, as in `Guard.audit`; tokens where there is an `input_module`.
+        targets: Shape `(B, ...)`, or a structure.
         defenses: What is compared.
         attacks: As in `Guard`.
         threat: As in `Guard`.
         training: Also train with each defense and score it: privacy is worth nothing without usefulness beside it.
         seed: Of the noise and of the attacks' starts.
         workers: Defenses at a time (joblib processes).
+        input_module: As in `Guard`.
+        private: As in `Guard`.
 
     Returns:
         A row per defense, the bare gradient first.
+
+    Raises:
+        InputError: What `Guard.audit` raises, before any training or attack.
     """
-    (threat or ThreatModel()).check_inputs(inputs)
+    options: dict[str, Any] = {"attacks": attacks, "threat": threat, "input_module": input_module, "private": private}
+    function, own, rest = take(Guard(**options).loss_gradient(model, loss_fn), inputs, targets)
+    function.check_batch(own, rest)
+    (threat or ThreatModel()).check_inputs(own)
 
     def row(defense: Defense | None) -> ComparisonRow:
-        guard = Guard(defense=defense, attacks=attacks, threat=threat)
+        guard = Guard(defense=defense, **options)
         # Drawn once here and given to the audit, so that the cosine is that of the gradient that is attacked.
-        function = guard.loss_gradient(model, loss_fn)
         generator = torch.Generator().manual_seed(seed)
-        true = function(inputs, targets)
-        jacobian = InputJacobian(function, inputs, targets, validate=False)
+        true = function(own, rest)
+        jacobian = InputJacobian(function, own, rest, validate=False)
         sent = add(true, defense.checked_perturbation(true, jacobian, generator=generator)) if defense else None
         generator.manual_seed(seed)
         report = guard.audit(model, loss_fn, inputs, targets, sent=sent, generator=generator)

@@ -24,6 +24,8 @@ from gradguard.errors import InputError
 from gradguard.evaluation.measurement import fits_dense, measure
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.loss_gradient import LossFunction, LossGradient
+from gradguard.functional.structures import Rest, named_leaves, rows_of
+from gradguard.functional.whole_batch import num_examples, take
 from gradguard.report.theme import FONT, LIGHT, WIDTH, Theme, set_text, short, sparse_log_ticks, style_axes, title_style
 from gradguard.threats.model import check_in_range, check_value_range
 
@@ -203,8 +205,8 @@ def _number(value: float | None) -> str:
 def compare_initialisations(
     models: Mapping[str, Callable[[], nn.Module]],
     loss_fn: LossFunction,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Any,
+    targets: Any,
     *,
     initialisations: Sequence[str] | Mapping[str, Initialiser] = ("uniform", "normal", "kaiming", "xavier"),
     noise_std: float | None = None,
@@ -214,6 +216,8 @@ def compare_initialisations(
     dtype: torch.dtype = torch.float64,
     chunk_size: int | None = None,
     value_range: tuple[float, float] | None = (0.0, 1.0),
+    input_module: str | None = None,
+    private: str | int | None = None,
 ) -> InitialisationComparison:
     """The influence of one and the same noise on gradients of networks that differ in how they were initialised.
 
@@ -223,8 +227,9 @@ def compare_initialisations(
     Args:
         models: Name -> factory of an architecture; more than one compares architectures.
         loss_fn: The loss.
-        inputs: Shape `(B, *input_shape)`.
-        targets: Shape `(B, ...)`.
+        inputs: Shape `(B, *input_shape)`, or a structure, as in `LossGradient`; tokens where there is an
+            `input_module`: each network then looks them up in its own table.
+        targets: Shape `(B, ...)`, or a structure.
         initialisations: Names from `INITIALISATIONS`, or name -> `(model, generator) -> None` that sets the weights.
         noise_std: Gaussian noise of this standard deviation on every gradient. Default: `sqrt(1e-5)`, the paper's.
         noise_ratio: Instead, noise of this length relative to each example's gradient; weights that make gradients
@@ -234,6 +239,8 @@ def compare_initialisations(
         dtype: What it computes in.
         chunk_size: Examples at a time, a bound on memory.
         value_range: Of valid inputs, `None` for any. Others are refused: errors are read as shares of it.
+        input_module: As in `LossGradient`.
+        private: As in `LossGradient`.
 
     Returns:
         A row per architecture and initialisation.
@@ -242,7 +249,8 @@ def compare_initialisations(
         InputError: If there is nothing to compare, an initialisation is not known, or both kinds of noise are given.
     """
     check_value_range(value_range)
-    check_in_range(inputs, value_range)
+    if isinstance(inputs, Tensor) and input_module is None:
+        check_in_range(inputs, value_range)
     if noise_std is not None and noise_ratio is not None:
         raise InputError(f"Give at most one of `noise_std` and `noise_ratio`, got {noise_std} and {noise_ratio}.")
     ratio = noise_ratio is not None
@@ -253,12 +261,16 @@ def compare_initialisations(
     if not models or not seeds:
         raise InputError(f"`models` and `seeds` must not be empty, got {list(models)} and {seeds}.")
 
+    device = next((leaf.device for _, leaf in named_leaves(inputs) if isinstance(leaf, Tensor)), torch.device("cpu"))
+
     def row(model_name: str, name: str) -> InitialisationRow:
         draws = []
         for seed in seeds:
-            model = _drawn(models[model_name], initialisers[name], seed).to(inputs.device)
-            function = LossGradient(model, loss_fn, dtype=dtype)
-            draws.append(_measured(function, inputs, targets, noise, seed, exact, chunk_size))
+            model = _drawn(models[model_name], initialisers[name], seed).to(device)
+            function = LossGradient(model, loss_fn, dtype=dtype, input_module=input_module, private=private)
+            bound, own, rest = take(function, inputs, targets)
+            check_in_range(own, value_range)
+            draws.append(_measured(bound, own, rest, noise, seed, exact, chunk_size))
         measures = {n: tuple(v for d in draws for v in d[n].tolist()) for n in ("lambda_max", "projected", "bound")}
         return InitialisationRow(
             model=model_name,
@@ -272,7 +284,7 @@ def compare_initialisations(
 
     rows = tuple(row(model_name, name) for model_name in models for name in initialisers)
     words = f"noise of {strength:.3g} |g|" if ratio else f"noise of standard deviation {strength:.3g}"
-    return InitialisationComparison(rows=rows, noise=words, seeds=seeds, examples=len(inputs))
+    return InitialisationComparison(rows=rows, noise=words, seeds=seeds, examples=num_examples(inputs))
 
 
 def _initialisers(chosen: Sequence[str] | Mapping[str, Initialiser]) -> dict[str, Initialiser]:
@@ -304,7 +316,7 @@ def _drawn(factory: Callable[[], nn.Module], initialiser: Initialiser, seed: int
 def _measured(
     function: LossGradient,
     inputs: Tensor,
-    targets: Tensor,
+    targets: Rest,
     noise: GaussianNoise,
     seed: int,
     exact: bool | None,
@@ -312,7 +324,7 @@ def _measured(
 ) -> dict[str, Tensor]:
     """All measures of one draw of weights and noise: `(B,)` each."""
     function.check_batch(inputs, targets)
-    x, y = function.cast(inputs)[:, None], function.cast(targets)[:, None]
+    x, y = function.cast(inputs)[:, None], rows_of(function.cast(targets), (slice(None), None))
     jacobian = InputJacobian.of_trials(function, x, y, chunk_size=chunk_size)
     parameters = function.parameters()
     generator = torch.Generator().manual_seed(seed)
@@ -339,13 +351,15 @@ def _measured(
     return found
 
 
-def _gradient_norms(function: LossGradient, inputs: Tensor, targets: Tensor, chunk_size: int | None) -> Tensor:
+def _gradient_norms(function: LossGradient, inputs: Tensor, targets: Rest, chunk_size: int | None) -> Tensor:
     """`|g|` of each example: `(B,)`."""
     chunks = range(0, len(inputs), chunk_size or len(inputs))
     norms = []
     for start in chunks:
         part = slice(start, start + (chunk_size or len(inputs)))
-        squares = [v.flatten(1).square().sum(1) for v in function.per_example(inputs[part], targets[part]).values()]
+        squares = [
+            v.flatten(1).square().sum(1) for v in function.per_example(inputs[part], rows_of(targets, part)).values()
+        ]
         norms.append(torch.stack(squares).sum(0).sqrt())
     return torch.cat(norms)
 

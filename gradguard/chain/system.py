@@ -41,6 +41,8 @@ class LayerSystem:
         scales: What the rows of either kind were multiplied by, `(G, F, 1)`; those of the gradient constraints `None`
             if there are none.
         column_lengths: The norms of the columns, `(1, unknowns)`, 1 for an empty one.
+        weights: The weights with rows of norm 1, `(G, F, T)`.
+        complete: Whether all outputs are known.
     """
 
     layer: Affine
@@ -51,6 +53,8 @@ class LayerSystem:
     gradient_constraints: int
     scales: tuple[Tensor, Tensor | None]
     column_lengths: Tensor
+    weights: Tensor
+    complete: bool
 
     @classmethod
     def of(
@@ -81,9 +85,9 @@ class LayerSystem:
         z = (z if seen is None else z * seen).flatten()
         squares = w.square().mT @ (torch.ones_like(w[:, :, :1]) if seen is None else seen)
         if weight_gradient is None:
-            operator, target, weights, k_scale = _operator(layer, w, seen, None), z[None], 0, None
-            columns = squares.expand(-1, -1, layer.outputs // layer.filters)
-            return cls(layer, operator, target, operator, target, 0, (w_scale, None), _lengths(layer, columns))
+            operator, target = _operator(layer, w, seen, None), z[None]
+            lengths = _lengths(layer, squares.expand(-1, -1, layer.outputs // layer.filters))
+            return cls(layer, operator, target, operator, target, 0, (w_scale, None), lengths, w, seen is None)
         kk, k_scale = _unit_rows(layer.rows(k))
         constant = layer.constant_patches(weight)
         own = 0.0 if constant is None else layer.rows(k) @ constant.mT  # the constant padding's part of the gradient
@@ -94,8 +98,8 @@ class LayerSystem:
         if kk.shape[1] > kk.shape[2]:
             basis, kk = torch.linalg.qr(kk)
             operator, target = _operator(layer, w, seen, kk), torch.cat([z, (basis.mT @ sent).flatten()])[None]
-        lengths, weights = _lengths(layer, columns), weight.numel()
-        return cls(layer, equations, values, operator, target, weights, (w_scale, k_scale), lengths)
+        scales, lengths = (w_scale, k_scale), _lengths(layer, columns)
+        return cls(layer, equations, values, operator, target, weight.numel(), scales, lengths, w, seen is None)
 
     def misfit(self, x: Tensor) -> Tensor:
         """What all equations leave over at an input `x`, shape `(1, rows)`."""

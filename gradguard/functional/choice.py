@@ -37,7 +37,8 @@ class Suitability:
 
     Args:
         layered: Its gradient is made up by known layers.
-        mapped: `torch.func` differentiates it right.
+        mapped: `torch.func` differentiates it right. Not looked at, and `False`, where both others are true: layer by
+            layer is then taken whatever the answer.
         separate: Its outputs for an example depend on that example alone.
     """
 
@@ -169,13 +170,15 @@ class _Probe:
 
     def suitability(self) -> Suitability:
         """Compare."""
-        layered = self._agrees(lambda: LayerByLayer(self.together))
-        mapped = self._agrees(lambda: ForwardOverReverse(self.together))
         separate = not self.function.has_company and (self.count == 1 or self._is_separate())
-        if separate and self.count > 1:
-            # Right for the batch as one problem, and for its examples as many.
-            layered = layered and self._agrees_apart(lambda: LayerByLayer(self.singles))
-            mapped = mapped and self._agrees_apart(lambda: ForwardOverReverse(self.singles))
+        # Right for the batch as one problem, and, where they are separate, for its examples as many.
+        apart = separate and self.count > 1
+        layered = self._agrees(lambda: LayerByLayer(self.together))
+        layered = layered and (not apart or self._agrees_apart(lambda: LayerByLayer(self.singles)))
+        mapped = False
+        if not (layered and separate):  # the dearest comparison, and most models do without its answer
+            mapped = self._agrees(lambda: ForwardOverReverse(self.together))
+            mapped = mapped and (not apart or self._agrees_apart(lambda: ForwardOverReverse(self.singles)))
         return Suitability(layered=layered, mapped=mapped, separate=separate)
 
     def _is_separate(self) -> bool:

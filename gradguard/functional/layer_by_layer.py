@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradguard.functional.layers.bilinear import BILINEAR_MODULES, BilinearLayer, EmbeddingLayer, bilinear_layer
+from gradguard.functional.layers import LAYERS, BilinearLayer, layer_of
 from gradguard.functional.loss_gradient import LossGradient
 from gradguard.functional.problems import Problems
 from gradguard.functional.structures import map_rest, targets_of
@@ -143,9 +143,14 @@ class LayerByLayer:
         return self._sum({n: p.new_zeros(self.problems, *p.shape) for n, p in self.parameters.items()}, parts)
 
     def matvec(self, delta: Mapping[str, Tensor], *, then: bool = False) -> Tensor:
-        """`J_r delta_r` (`R` or one row per parameter: `(R, *parameter_shape)`): `(R, n, *input_shape)`.
+        """`J_r delta_r`.
 
-        `then`: other products follow, whose graph is made on the way.
+        Args:
+            delta: One row for each problem, or one for all: `(R, *parameter_shape)` or `(1, *parameter_shape)`.
+            then: Other products follow, whose graph is made on the way.
+
+        Returns:
+            `(R, n, *input_shape)`.
         """
         if then and self._pulled is None:
             self._pulled = self._graph_of_pull_back(self._chosen(self._cotangents(delta)))
@@ -222,10 +227,10 @@ def _recorded(gradient: LossGradient, examples: int) -> Iterator[list[tuple[Bili
         weight, bias = (names.get(id(module._parameters.get(part))) for part in ("weight", "bias"))
 
         def forward(x: Tensor) -> Tensor:
-            layer = bilinear_layer(module, weight, bias)
+            layer = layer_of(module, weight, bias)
             if layer is None:
                 return type(module).forward(module, x)
-            a = EmbeddingLayer.for_each(x, examples) if isinstance(layer, EmbeddingLayer) else layer.operand(x)
+            a = layer.operand(x, examples)
             z = layer(a)
             z = z if z.requires_grad else z.requires_grad_(True)
             recorded.append((layer, a, z))
@@ -234,10 +239,10 @@ def _recorded(gradient: LossGradient, examples: int) -> Iterator[list[tuple[Bili
         return forward
 
     # A module whose `forward` someone has replaced already is left alone.
-    replaced = [m for m in gradient.model.modules() if isinstance(m, BILINEAR_MODULES) and "forward" not in vars(m)]
+    replaced = [m for m in gradient.model.modules() if type(m) in LAYERS and "forward" not in vars(m)]
     try:
         for module in replaced:
-            module.forward = recording(module)  # type: ignore[method-assign]
+            module.forward = recording(module)
         yield recorded
     finally:
         for module in replaced:

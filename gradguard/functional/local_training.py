@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,11 @@ from torch.func import grad
 
 from gradguard.errors import InputError
 from gradguard.functional.loss_gradient import LossGradient
+from gradguard.functional.structures import Rest, rows_of
 from gradguard.functional.vectors import Gradient, add
+from gradguard.functional.whole_batch import take
 
-Loss = Callable[[Gradient, Tensor, Tensor], Tensor]
+Loss = Callable[[Gradient, Tensor, Rest], Tensor]
 Regulariser = Callable[[Gradient], Tensor]
 
 
@@ -68,12 +70,12 @@ class LocalTraining:
         if self.regulariser is not None and not callable(self.regulariser):
             raise InputError("`regulariser` must be a function of the parameters that returns a scalar.")
 
-    def mean_gradient(self, loss_gradient: LossGradient, inputs: Tensor, targets: Tensor) -> Gradient:
+    def mean_gradient(self, loss_gradient: LossGradient, inputs: Any, targets: Any) -> Gradient:
         """What training from the model's parameters sends.
 
         Args:
             loss_gradient: The model and the loss.
-            inputs: `(B, *input_shape)`.
+            inputs: `(B, *input_shape)`, or a structure.
             targets: `(B, ...)`.
 
         Returns:
@@ -82,6 +84,7 @@ class LocalTraining:
         Raises:
             InputError: What `LossGradient.check_batch` raises, and for a regulariser that returns no finite scalar.
         """
+        loss_gradient, inputs, targets = take(loss_gradient, inputs, targets)
         loss_gradient.check_batch(inputs, targets)
         parameters = loss_gradient.parameters()
         self._check_regulariser(parameters)
@@ -100,7 +103,7 @@ class LocalTraining:
         """
         return {n: (b - after[n]) / (self.learning_rate * self.steps) for n, b in before.items()}
 
-    def __call__(self, loss: Loss, parameters: Gradient, inputs: Tensor, targets: Tensor) -> Gradient:
+    def __call__(self, loss: Loss, parameters: Gradient, inputs: Tensor, targets: Rest) -> Gradient:
         """The mean gradient as a pure function of `parameters`, `inputs` and `targets`, differentiable by all three.
 
         Args:
@@ -113,9 +116,10 @@ class LocalTraining:
             One tensor per trainable parameter.
         """
         size = len(inputs) if self.batch_size is None else min(self.batch_size, len(inputs))
-        parts = list(zip(inputs.split(size), targets.split(size), strict=True))
+        rows = [slice(first, first + size) for first in range(0, len(inputs), size)]
+        parts = [(inputs[own], rows_of(targets, own)) for own in rows]
 
-        def objective(now: Gradient, x: Tensor, y: Tensor) -> Tensor:
+        def objective(now: Gradient, x: Tensor, y: Rest) -> Tensor:
             value = loss(now, x, y)
             return value if self.regulariser is None else value + self.regulariser(now)
 

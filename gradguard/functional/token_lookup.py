@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -62,12 +63,13 @@ class TokenLookup:
             first = leaves[0][1] if leaves else tokens
             got = f"{first.dtype} of shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
             raise InputError(f"`tokens` must be integers (B, T), got {got}.")
-        name, ids = wanted[0]
         found: list[Any] = []
+        asked: list[Tensor] = []
         module = self.module
         original = module.forward
 
         def recording(*arguments: Any, **options: Any) -> Any:
+            asked.extend(a for a in (*arguments, *options.values()) if isinstance(a, Tensor))
             found.append(original(*arguments, **options))
             return found[-1]
 
@@ -76,6 +78,14 @@ class TokenLookup:
         with forward_replaced(module, recording):
             expected = plain.outputs_of(parameters, tokens)
         self._check_calls(len(found))
+        # The tokens are what the module was asked for; a mask of whole numbers beside them is not.
+        same = [w for w in wanted if any(a.shape == w[1].shape and bool((a == w[1]).all()) for a in asked)]
+        if len(same) > 1:
+            raise InputError(
+                f"The inputs {[n for n, _ in same]} hold the same whole numbers: which of them are the tokens cannot "
+                "be told: name them with `private=`."
+            )
+        name, ids = (same or wanted)[0]
         embeddings = found[0]
         if not isinstance(embeddings, Tensor) or embeddings.ndim != 3 or embeddings.shape[:2] != ids.shape:
             got = str(tuple(embeddings.shape)) if isinstance(embeddings, Tensor) else type(embeddings).__name__
@@ -87,7 +97,9 @@ class TokenLookup:
         if isinstance(tokens, Mapping | tuple | list):
             names = iter([n for n, _ in leaves])
             structure = rebuild(tokens, lambda leaf: embeddings if next(names) == name else leaf)
-        function, private, rest = loss_gradient.bind(structure, torch.zeros(len(ids), device=ids.device))
+        own = copy(loss_gradient)
+        own.private = name if structure is not embeddings else None
+        function, private, rest = own.bind(structure, torch.zeros(len(ids), device=ids.device))
         again = function.outputs(parameters, private, rest)
         for one, other in zip(output_tensors(again), output_tensors(expected), strict=False):
             if not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max())):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,27 @@ from gradguard.defenses import NoiseStream, noise_key
 from gradguard.defenses.stream import SEEDED
 from gradguard.errors import InputError, SeededNoiseWarning
 from gradguard.functional.jacobian import InputJacobian
-from gradguard.functional.loss_gradient import LossFunction, LossGradient
+from gradguard.functional.loss_gradient import LossFunction, LossGradient, random_state
+from gradguard.functional.preserved import RandomState, random_state_kept
+from gradguard.functional.structures import Rest
 from gradguard.functional.vectors import Gradient, add, norm
+from gradguard.functional.whole_batch import inputs_and_targets, replaying, take
 from gradguard.guard import Guard, Measures
-from gradguard.integrations.training_step import SentOnce, StepWatch, Window
+from gradguard.integrations.training_step import Batch, SentOnce, StepWatch, Window
 from gradguard.leakage import rank_check
 from gradguard.report import LeakageReport
 from gradguard.report.leakage_report import Case
 
-Unpack = Callable[[Any], tuple[Tensor, Tensor]]
+Unpack = Callable[[Any], tuple[Any, Any]]
+
+#: How far a step's gradient may be from the one computed with its random numbers: float32 with other kernels, AMP.
+AS_SENT, AS_SENT_MIXED = 1e-2, 5e-2
+
+
+ONE_BATCH = (
+    'With `train_mode="as sent"` the gradient of a step is measured with the random numbers and the statistics of one '
+    'forward pass, and this step accumulates several. Leave accumulation out, or measure with `train_mode="eval"`.'
+)
 
 
 class GradGuard(Callback):
@@ -48,7 +61,9 @@ class GradGuard(Callback):
 
     `guard`: what to do. `loss_fn`: `(outputs, targets) -> scalar`; default: the module's `loss_fn` or `criterion`.
     `model`: the attribute of the module that maps inputs to outputs; default: the module itself, by its `forward`.
-    `unpack`: `batch -> (inputs, targets)`; default: the batch is such a pair.
+    `unpack`: `batch -> (inputs, targets)`, tensors or structures of them; default: the batch is such a pair, or a
+    mapping with `labels` beside the model's inputs. The model is called with inputs as `LossGradient` calls it; tokens
+    are embedded by the guard's `input_module`, and the guard's `private` names the private leaf.
     `exact`: measure I2F itself and not only its lower bound. `tolerance`, `confidence`: of the lower bound, see
     `gradguard.leakage.influence_lower_bound`; for a bound at every step, `confidence=None` and a tolerance of 0.5 take
     a few products each, started from the step before.
@@ -59,6 +74,10 @@ class GradGuard(Callback):
     draws a public label beside it, so that no two trainings have the same noise. `seed`: reproducible noise instead,
     for tests: it warns, since whoever knows or tries the seed subtracts the noise. It also seeds the attacks' starts.
 
+    With `Guard(train_mode="as sent")` the gradient that is measured is the step's own: BatchNorm with the batch's
+    statistics, dropout with the step's masks, whose random state is taken when the model's forward pass begins. Every
+    measurement checks it against the step's gradient and raises an `InputError` where they differ; one step then has
+    one batch (no accumulation).
     The gradient is measured as `loss_fn(model(inputs), targets)`; if the step's own gradient is another (other loss
     terms, augmentation inside `training_step`), it warns.
     Logged, each with the prefix `gradguard/`: `noise_ratio`; `influence_lower_bound` (the lowest of the examples, in
@@ -124,6 +143,9 @@ class GradGuard(Callback):
         self._sent_once = SentOnce()
         self._waiting: dict[nn.Parameter, tuple[Any, Tensor]] = {}
         self._watch: StepWatch | None = None
+        self._forward: Any = None
+        self._listening = False
+        self._left_over: dict[nn.Parameter, weakref.ref[Tensor]] = {}
         self._seen = 0
         self._first_step = 0
         self._says_backward = False
@@ -139,6 +161,8 @@ class GradGuard(Callback):
         if stage != "fit":
             return
         self._function(pl_module)
+        if self.guard.train_mode == "as sent" and trainer.accumulate_grad_batches > 1:
+            raise InputError(ONE_BATCH)
         if trainer.world_size > 1:
             raise InputError(
                 f"The GradGuard callback works in one process, this trainer has {trainer.world_size}: once ranks have "
@@ -168,23 +192,30 @@ class GradGuard(Callback):
         self._remove_watch()
         self._seen, self._first_step = 0, self.steps
         self._watch = StepWatch(pl_module.parameters, lambda optimizer: self._perturb(trainer, pl_module, optimizer))
+        if self.guard.train_mode == "as sent":
+            model = self._function(pl_module).model
+            self._forward = model.register_forward_pre_hook(self._forward_begins)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the next gradient is computed from."""
-        if not self._checked:
-            self._function(pl_module).check_model()
-            # The first batch only: later ones are looked at where they are measured, without a sync at every step.
-            self.guard.threat.check_inputs(self.unpack(batch)[0])
-            self._checked = True
         inputs, targets = self.unpack(batch)
-        if self.rank and self._rank_index is None:
-            check = rank_check(self._function(pl_module).model, inputs.shape[1:])
-            self._rank_index = check.analysis.index
-            if not check.fine:
-                warnings.warn(f"Rank analysis of the architecture: {'; '.join(check.reasons)}.", stacklevel=2)
-        self._window.start(inputs, targets)
+        if not self._checked:
+            # The first batch only: later ones are looked at where they are measured, without a sync at every step.
+            self._check_first(pl_module, inputs, targets)
+            self._checked = True
+        if self._window.stepped:
+            left = [p for p in pl_module.parameters() if self._sent_once.is_new(p) and bool(p.grad.any())]
+            self._left_over = {p: weakref.ref(p.grad) for p in left if p.grad is not None}
+        as_sent = self.guard.train_mode == "as sent"
+        self._window.start(inputs, targets, random_state() if as_sent else None)
+        self._listening = True
         if self._watch is not None:
             self._watch.forget()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """What has been zeroed in place since the batch began is no gradient of earlier batches."""
+        kept = {p: g for p, g in self._left_over.items() if p.grad is not None and p.grad is g()}
+        self._left_over = {p: g for p, g in kept.items() if p.grad is not None and bool(p.grad.any())}
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The batch is part of the gradient; one whose `training_step` returns `None` never comes here."""
@@ -280,6 +311,7 @@ class GradGuard(Callback):
         if not self._window.batches or not self._says_backward:
             self._window.add_current()  # `loss.backward()` of one's own, which no hook tells of
         self._refuse_scaled(trainer, optimizer)
+        self._refuse_older(own)
         if not all(p in self._waiting and self._waiting[p][0] == SentOnce.state(p) for p in own):
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             if scaler is not None and not all(torch.isfinite(p.grad).all() for p in own):
@@ -299,11 +331,13 @@ class GradGuard(Callback):
         names |= {p: f"outside.{i}" for i, p in enumerate(own) if p not in names}
         dtype = function.computing_dtype
         bare = {p: p.grad.to(dtype) for p in names if p.grad is not None and self._sent_once.is_new(p)}
-        inputs, targets = self._window.joined()
-        whole = self.guard.loss_gradient(function.model, self._window.loss(function.loss_fn))
+        whole = function.with_loss(self._window.loss(function.loss_fn))
         jacobian = None
         if self.guard.defense is not None and self.guard.defense.needs_jacobian:
-            jacobian = InputJacobian(whole, inputs, targets, validate=False)
+            bound, private, rest = self._taken(whole, Batch(*self._window.joined(), self._state()))
+            if function.train_mode == "as sent":
+                self._check_as_sent(trainer, bound, bound(private, rest), {n: p.grad for n, p in inside.items()})
+            jacobian = InputJacobian(bound, private, rest, validate=False)
         self.steps += 1
         sent = self._sent({names[p]: g for p, g in bare.items()}, jacobian)
         self._waiting = {p: (SentOnce.state(p), sent[names[p]]) for p in bare}
@@ -316,7 +350,7 @@ class GradGuard(Callback):
             # Lightning divides each batch's loss by their full number; `whole` is the mean over those that are there.
             missing = self._divisor(trainer, pl_module) / len(self._window.batches)
             delta = {n: missing * d for n, d in add(sent, gradient, -1.0).items()}
-            self._verify(trainer, pl_module, whole, inputs, targets, delta)
+            self._verify(trainer, pl_module, whole, Batch(*self._window.joined(), self._state()), delta)
 
     def _sent(self, gradient: Gradient, jacobian: InputJacobian | None) -> Gradient:
         """The gradient as the defense sends it, with the noise of the next round."""
@@ -340,6 +374,44 @@ class GradGuard(Callback):
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
+        if self._forward is not None:
+            self._forward.remove()
+            self._forward = None
+
+    def _forward_begins(self, module: nn.Module, arguments: Any) -> None:
+        """The training's forward pass, not gradguard's own: its random numbers start here."""
+        if module.training and torch.is_grad_enabled() and (self._listening or self._window.stepped):
+            self._window.forward_begins(random_state())
+            self._listening = False
+
+    def _check_first(self, pl_module: LightningModule, inputs: Any, targets: Any) -> None:
+        """Say of the first batch what is wrong with it, with the model or with how they are read."""
+        function = self._function(pl_module)
+        function.check_model()
+        bound, private, rest = take(function, inputs, targets)
+        self.guard.threat.check_inputs(private)
+        if bound.is_bound or bound.input_module is not None:
+            bound.check_batch(private, rest)
+        if self.rank:
+            if bound.is_bound or bound.input_module is not None:
+                raise InputError(
+                    "`rank=True` analyses models of one tensor, and this batch is a structure or holds tokens. Leave "
+                    "`rank` out."
+                )
+            check = rank_check(function.model, private.shape[1:])
+            self._rank_index = check.analysis.index
+            if not check.fine:
+                warnings.warn(f"Rank analysis of the architecture: {'; '.join(check.reasons)}.", stacklevel=2)
+
+    def _refuse_older(self, own: list[nn.Parameter]) -> None:
+        """Gradients that hold batches of before another optimiser's step are of no one window."""
+        older = [p for p in own if p in self._left_over and p.grad is self._left_over[p]()]
+        if older:
+            raise InputError(
+                f"{len(older)} gradients of this step hold batches from before the last step of another optimiser: "
+                "the optimisers step at different cadences, and gradguard measures one window of batches for all. "
+                "Step them at the same batches, or set the gradients of one to zero before the other's backward."
+            )
 
     def _function(self, pl_module: LightningModule) -> LossGradient:
         """The module's model and loss as gradguard's pure gradient."""
@@ -359,24 +431,31 @@ class GradGuard(Callback):
     ) -> None:
         """Log the closed-form measures of the step's gradient."""
         divisor = self._divisor(trainer, pl_module)
-        if self._compared < 3:
+        taken = [self._taken(function, batch) for batch in self._window.batches]
+        if self._compared < 3 or function.train_mode == "as sent":
             # A whole gradient more: what a `training_step` adds to the loss shows in the first measurements.
-            own = [function(x, y) for x, y in self._window.batches]
+            own = [bound(private, rest) for bound, private, rest in taken]
             mean = {n: sum((g[n] for g in own), torch.zeros_like(own[0][n])) / divisor for n in own[0]}
-            self._warn_of_another_gradient(mean, gradient)
+            if function.train_mode == "as sent":
+                self._state()
+                self._check_as_sent(trainer, function, mean, gradient)
+            else:
+                self._warn_of_another_gradient(*(_without_lookup(function, which) for which in (mean, gradient)))
             self._compared += 1
         # A batch's part of the gradient is the batch's own divided by `divisor`: multiplied by it, the batch's own
         # derivative fits, whatever the sizes of the others.
         gradient, sent = ({n: divisor * g for n, g in which.items()} for which in (gradient, sent))
         measured, left = [], self.max_examples
-        for inputs, targets in self._window.batches:
+        for bound, private, rest in taken:
             if left > 0:
-                examples = range(min(left, len(inputs)))
-                jacobian = InputJacobian(function, inputs, targets, examples=examples, validate=False)
+                examples = range(min(left, len(private)))
+                jacobian = InputJacobian(bound, private, rest, examples=examples, validate=False)
                 measured.append(self._measures(jacobian, gradient, sent, self.max_examples - left))
                 left -= len(examples)
         vectors = [m.vectors for m in measured]
-        self._vectors = vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+        alike = len({v.shape[1] for v in vectors}) == 1
+        # Not joined where there is one: the next step starts from the very tensor. None for texts of several lengths.
+        self._vectors = vectors[0] if len(vectors) == 1 else torch.cat(vectors) if alike else None
         lower_bound = torch.cat([m.lower_bound for m in measured])
         values = {
             "noise_ratio": measured[0].noise_ratio,
@@ -411,23 +490,26 @@ class GradGuard(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         function: LossGradient,
-        inputs: Tensor,
-        targets: Tensor,
+        batch: Batch,
         delta: Gradient,
     ) -> None:
         """Attack the step's gradient, without and with the defense, and log what came of it."""
         defended = self.guard.defense is not None
         # The defense's own noise on the gradient that is measured: where the step's is another (train-mode layers,
         # further loss terms), the difference between the two hides nothing and must not count as noise.
-        sent = add(function(inputs, targets), delta)
-        report = self.guard.audit(
-            function.model,
-            function.loss_fn,
-            inputs,
-            targets,
-            sent=sent if defended else None,
-            generator=self._starts(),
-        )
+        bound, private, rest = self._taken(function, batch)
+        sent = add(bound(private, rest), delta)
+        with random_state_kept():
+            if batch.random_state is not None:
+                batch.random_state.restore()
+            report = self.guard.audit(
+                function.model,
+                function.loss_fn,
+                batch.inputs,
+                batch.targets,
+                sent=sent if defended else None,
+                generator=self._starts(),
+            )
         self.last_report = report
         case: Case = "with" if defended else "without"
         values = {
@@ -441,6 +523,38 @@ class GradGuard(Callback):
         _log(pl_module, values)
         if self.log_pictures:
             _log_pictures(trainer, report, case, self.steps)
+
+    def _taken(self, function: LossGradient, batch: Batch) -> tuple[LossGradient, Tensor, Rest]:
+        """A batch of the step, and the function that takes it as the step's forward pass did."""
+        return take(replaying(function, batch.random_state), batch.inputs, batch.targets)
+
+    def _state(self) -> RandomState | None:
+        """The random state of the step's one forward pass, where it is asked for."""
+        if self.guard.train_mode != "as sent":
+            return None
+        if len(self._window.batches) != 1:
+            raise InputError(ONE_BATCH)
+        return self._window.batches[0].random_state
+
+    def _check_as_sent(
+        self, trainer: Trainer, function: LossGradient, own: Gradient, gradient: Mapping[str, Tensor | None]
+    ) -> None:
+        """Raises `InputError` unless the gradient that is measured is the one that the step has computed."""
+        own = _without_lookup(function, own)
+        given = {n: torch.zeros_like(g) if (its := gradient[n]) is None else its.to(g) for n, g in own.items()}
+        distance = (norm(add(given, own, -1.0)) / norm(given).clamp_min(1e-30)).item()
+        precise = str(trainer.precision).startswith(("32", "64"))
+        if distance <= (AS_SENT if precise else AS_SENT_MIXED):
+            return
+        apart = {n: (norm({n: given[n] - own[n]}) / norm(given).clamp_min(1e-30)).item() for n in own}
+        worst = max(apart, key=apart.__getitem__)
+        raise InputError(
+            f"The step's gradient differs by {distance:.1%} from the one computed with its random numbers (most at "
+            f'{worst!r}), so `train_mode="as sent"` would measure another function than the one that is trained. The '
+            "reason may be another `loss_fn`, further loss terms, a forward pass before the one that counts, or random "
+            "numbers that another precision draws differently. Name the right `loss_fn`, `model` and `unpack`, or "
+            'measure with `train_mode="eval"`.'
+        )
 
     def _warn_of_another_gradient(self, own: Gradient, gradient: Gradient) -> None:
         """Say so if the step's gradient is not that of `loss_fn(model(inputs), targets)`."""
@@ -464,14 +578,27 @@ class GradGuard(Callback):
             )
 
 
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    """The default `unpack`: a batch that is a pair of tensors."""
-    if isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
-        return batch[0], batch[1]
-    raise InputError(
-        f"The batch is a {type(batch).__name__}, not a pair (inputs, targets): pass "
-        "`unpack=lambda batch: (inputs, targets)`."
-    )
+def _pair(batch: Any) -> tuple[Any, Any]:
+    """The default `unpack`."""
+    try:
+        inputs, targets = inputs_and_targets(batch)
+    except InputError as error:
+        raise InputError(f"The batch is {error}: pass `unpack=lambda batch: (inputs, targets)`.") from error
+    for part in (inputs, targets):
+        if not isinstance(part, Tensor | Mapping | tuple | list):
+            raise InputError(
+                f"The batch holds a {type(part).__name__}, no tensor or structure of tensors: pass `unpack=lambda "
+                "batch: (inputs, targets)`."
+            )
+    return inputs, targets
+
+
+def _without_lookup(function: LossGradient, gradient: Gradient) -> Gradient:
+    """Without the parameters of the module that looks tokens up: what is measured bypasses the lookup."""
+    if function.input_module is None:
+        return gradient
+    own = {id(p) for p in function.model.get_submodule(function.input_module).parameters()}
+    return {n: gradient[n] for n, p in function.model.named_parameters() if n in gradient and id(p) not in own}
 
 
 def _log(pl_module: LightningModule, values: dict[str, Any]) -> None:

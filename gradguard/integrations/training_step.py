@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from gradguard.errors import InputError
 from gradguard.functional.loss_gradient import LossFunction
+from gradguard.functional.preserved import RandomState
+from gradguard.functional.structures import map_rows, output_tensors, rebuild
+from gradguard.functional.whole_batch import concatenated, num_examples
 
 
 class SentOnce:
@@ -43,6 +47,14 @@ class SentOnce:
                 self._left[id(parameter)] = state
 
 
+class Batch(NamedTuple):
+    """One batch of a step: inputs and targets, tensors or structures, and the random state before its forward pass."""
+
+    inputs: Any
+    targets: Any
+    random_state: RandomState | None = None
+
+
 @dataclass
 class Window:
     """The batches that a step's gradient is made of.
@@ -50,16 +62,23 @@ class Window:
     A batch counts once its backward has run: a `training_step` that returns `None` skips it.
     """
 
-    batches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    current: tuple[Tensor, Tensor] | None = None
+    batches: list[Batch] = field(default_factory=list)
+    current: Batch | None = None
     stepped: bool = False
 
-    def start(self, inputs: Tensor, targets: Tensor) -> None:
+    def start(self, inputs: Any, targets: Any, random_state: RandomState | None = None) -> None:
         """A batch begins; the first one after a step begins a new window."""
         if self.stepped:
             # Kept until here, and not dropped after the step: LBFGS asks for several gradients of one batch.
             self.batches, self.stepped = [], False
-        self.current = (inputs.detach(), targets.detach())
+        self.current = Batch(rebuild(inputs, _detached), rebuild(targets, _detached), random_state)
+
+    def forward_begins(self, random_state: RandomState) -> None:
+        """The forward pass of the current batch, or once more of the last one (LBFGS), begins at this state."""
+        if self.current is not None:
+            self.current = self.current._replace(random_state=random_state)
+        elif self.stepped and self.batches:
+            self.batches[-1] = self.batches[-1]._replace(random_state=random_state)
 
     def add_current(self) -> None:
         """The current batch's gradient has been added to the others'."""
@@ -67,21 +86,23 @@ class Window:
             self.batches.append(self.current)
             self.current = None
 
-    def joined(self) -> tuple[Tensor, Tensor]:
-        """All batches of the window as one: inputs `(B, *input_shape)` and targets `(B, ...)`."""
-        shapes = {(x.shape[1:], y.shape[1:]) for x, y in self.batches}
-        if len(shapes) > 1:
+    def joined(self) -> tuple[Any, Any]:
+        """All batches of the window as one: inputs `(B, *input_shape)` and targets `(B, ...)`, or structures."""
+        if len(self.batches) == 1:
+            return self.batches[0].inputs, self.batches[0].targets
+        try:
+            return concatenated([b.inputs for b in self.batches]), concatenated([b.targets for b in self.batches])
+        except InputError as error:
             raise InputError(
-                f"The batches of one accumulated gradient differ in shape ({sorted(map(str, shapes))}), and gradguard "
-                "measures them as one batch: sort examples by shape, or leave accumulation out."
-            )
-        inputs, targets = (torch.cat(parts) for parts in zip(*self.batches, strict=True))
-        return inputs, targets
+                f"The batches of one accumulated gradient are measured as one batch, and {error}: sort examples by "
+                "shape, or leave accumulation out."
+            ) from error
 
     def loss(self, loss_fn: LossFunction) -> LossFunction:
         """The loss of `joined()` whose gradient is the mean of the batches' own gradients."""
-        sizes = tuple(len(x) for x, _ in self.batches)
-        return loss_fn if len(set(sizes)) == 1 else MeanOfBatches(loss_fn, sizes)
+        sizes = tuple(num_examples(b.inputs) for b in self.batches)
+        alike = len(set(sizes)) == 1 and all(_weighs_alike(loss_fn, b.targets) for b in self.batches)
+        return loss_fn if len(sizes) == 1 or alike else MeanOfBatches(loss_fn, sizes)
 
 
 @dataclass(frozen=True)
@@ -94,12 +115,33 @@ class MeanOfBatches:
     loss_fn: LossFunction
     sizes: tuple[int, ...]
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
         """Outputs and targets of all batches, one after the other: a scalar."""
-        if len(outputs) != sum(self.sizes):
+        count = sum(self.sizes)
+        if not any(o.ndim and len(o) == count for o in output_tensors(outputs)):
             return self.loss_fn(outputs, targets)
-        parts = zip(outputs.split(self.sizes), targets.split(self.sizes), strict=True)
-        return torch.stack([self.loss_fn(o, t) for o, t in parts]).mean()
+        losses, first = [], 0
+        for size in self.sizes:
+            rows = slice(first, first + size)
+            own, known = (map_rows(partial(_rows, rows=rows), whole, count) for whole in (outputs, targets))
+            losses.append(self.loss_fn(own, known))
+            first += size
+        return torch.stack(losses).mean()
+
+
+def _rows(part: Tensor, rows: slice) -> Tensor:
+    return part[rows]
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _weighs_alike(loss_fn: LossFunction, targets: Any) -> bool:
+    """Whether a mean over batches of one size is the mean of their means: no class weights, nothing left out."""
+    if not isinstance(targets, Tensor) or getattr(loss_fn, "weight", None) is not None:
+        return False
+    return targets.is_floating_point() or not bool((targets == getattr(loss_fn, "ignore_index", -100)).any())
 
 
 class StepWatch:

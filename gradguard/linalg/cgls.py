@@ -7,6 +7,8 @@ The residual is kept in data space, so accuracy is lost by the condition number 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ def cgls(
     tolerance: float | None = None,
     max_iterations: int | None = None,
     check_every: int = 10,
+    enough: Callable[[Tensor], bool] | None = None,
 ) -> LeastSquares:
     """Minimise `|A x - b|^2 + damping^2 |x|^2`; without damping the solution of least norm.
 
@@ -36,6 +39,7 @@ def cgls(
             `tolerance * |b|`. Default: 10 times the dtype's rounding.
         max_iterations: Default `4 n`.
         check_every: Iterations between two looks at the residual, each of which waits for the device.
+        enough: Asked at each look whether the solutions `(R, n)` will do; all problems stop where it says so.
 
     Returns:
         The solutions `(R, n)` and how they were reached. `residual` is the smaller of the two ratios above. Running out
@@ -59,7 +63,7 @@ def cgls(
     damped = bool((squared_damping > 0).any())
 
     iteration, limit = 0, max_iterations or 4 * n
-    while iteration < limit and bool((residual > tolerance).any()):
+    while iteration < limit and bool((residual > tolerance).any()) and not (enough is not None and enough(x)):
         # A problem that has ended keeps its solution: going on would only add rounding.
         active = (residual > tolerance).to(operator.dtype)[:, None] if rows > 1 else None
         for _ in range(min(check_every, limit - iteration)):

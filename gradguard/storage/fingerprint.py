@@ -42,14 +42,10 @@ def fingerprint(thing: Any, tensors: Iterable[Tensor] = ()) -> str:
     return hashed.hexdigest()
 
 
-def example_digests(inputs: Tensor, targets: Tensor) -> Tensor:
-    """`(B,)` int64: a hash of each example's input and target."""
-    rows = zip(
-        _bytes(inputs.detach().reshape(len(inputs), -1)),
-        _bytes(targets.detach().reshape(len(targets), -1)),
-        strict=True,
-    )
-    hashes = [hashlib.blake2b(x + y, digest_size=8).digest() for x, y in rows]
+def example_digests(*columns: Tensor) -> Tensor:
+    """`(B,)` int64: a hash of each example's input and target, or of whatever `(B, ...)` belongs to it."""
+    rows = zip(*(_bytes(part.detach().reshape(len(part), -1)) for part in columns), strict=True)
+    hashes = [hashlib.blake2b(b"".join(row), digest_size=8).digest() for row in rows]
     return torch.from_numpy(np.frombuffer(b"".join(hashes), dtype="<i8").astype(np.int64))
 
 

@@ -2,7 +2,8 @@
 
 from gradguard.testing.attacks import check_attack
 from gradguard.testing.defenses import check_defense
+from gradguard.testing.layers import check_layer
 from gradguard.testing.options import check_options
 from gradguard.testing.unchanged import unchanged
 
-__all__ = ["check_attack", "check_defense", "check_options", "unchanged"]
+__all__ = ["check_attack", "check_defense", "check_layer", "check_options", "unchanged"]

@@ -4,10 +4,7 @@ A page's ```python fences run in order, as one script, in an empty folder. A fen
 `<!-- not run: reason -->` is left out.
 """
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -49,24 +46,13 @@ def test_a_reason_is_owed_for_what_is_not_run():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_examples_run(page, tmp_path):
+def test_examples_run(page, tmp_path, run_script):
     script = script_of(page.read_text(encoding="utf-8"))
     if not script.strip():
         return
-    path = tmp_path / f"{page.stem}.py"
+    path = tmp_path / f"{page.stem}.py"  # its line numbers are the page's
     path.write_text(script, encoding="utf-8")
-    folder = tmp_path / "run"
-    folder.mkdir()
-    environment = {
-        **os.environ,
-        "MPLBACKEND": "Agg",
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-    }
-    run = subprocess.run(
-        [sys.executable, path], cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    where = f"{page.relative_to(ROOT)} (line numbers below are the page's)"
-    assert run.returncode == 0, f"{where}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
+    run_script(path)
 
 
 def test_every_page_is_in_the_navigation():

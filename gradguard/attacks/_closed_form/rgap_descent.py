@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gradguard.attacks._closed_form.heads import Head
-from gradguard.attacks._closed_form.rgap_layer import EXACT, LayerSolver, Sides, Solved
+from gradguard.attacks._closed_form.rgap_layer import EXACT, LayerSolver, Solved
 from gradguard.attacks._closed_form.rgap_problem import Problem
+from gradguard.attacks._closed_form.rgap_sides import Sides
 from gradguard.chain import Activation, Affine, ChannelScale, LayerSystem, MeanPool, Reshape, Residual, Rewire, Step
 
 #: What is this many times the error away from a flat value is sure not to be it.

@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradguard.chain import Activation, Affine, ChannelScale, LayerSystem, MeanPool, Reshape, Rewire
-from gradguard.functional.vectors import Gradient
+from gradguard.attacks._closed_form.rgap_sides import Sides
+from gradguard.chain import Affine, LayerSystem, MeanPool
 from gradguard.linalg import LinearOperator
 from gradguard.linalg.cgls import cgls
 
 #: Relative residual of a layer whose equations are exact, as they are solved.
 EXACT = 1e-8
-#: Units within this many times the relative error of a kink are doubtful.
-_REACH = 10
 #: Times that the doubtful units are put on the side that fits better, at most.
 _ROUNDS = 12
 #: Share of the contradiction that a move may leave to be kept: noise alone makes some moves look a little better.
@@ -33,55 +31,6 @@ _LEAST_SHARE = 0.1
 _NO_DAMPING = 1e-5
 #: Fewest degrees of freedom, as a share of the equations, that the noise is estimated from.
 _FREEDOM = 0.05
-#: Part of what one open unknown would leave of a random input that rounding may leave.
-_OPEN = 1e-2
-
-
-@dataclass(frozen=True)
-class Sides:
-    """Where the units of a layer's output may be instead: `z` and `k` there, and how far each is from being in doubt.
-
-    All in the output's shape. `distance`: in units of `z`; `scale`: the root mean square of the argument it is
-    measured in.
-    """
-
-    z: Tensor
-    k: Tensor
-    distance: Tensor
-    scale: float
-
-    @classmethod
-    def of(cls, step: Activation, z: Tensor, k: Tensor) -> Sides | None:
-        """Of an activation's argument `z`; `k`: the loss's derivative by its value. `None` if nothing is in doubt."""
-        if step.kink is None and step.turn is None:
-            return None
-        other, slope, distance = step.other(z)
-        return cls(other, slope * k, distance, float(z.square().mean().sqrt()))
-
-    def through(self, step: ChannelScale | Reshape, parameters: Gradient) -> Sides:
-        """The same before `step`, a step that comes between the layer and the activation."""
-        if isinstance(step, Reshape):
-            z, k, distance = (v.reshape(step.input_shape) for v in (self.z, self.k, self.distance))
-            return replace(self, z=z, k=k, distance=distance)
-        return replace(self, z=step.inverse(self.z, parameters), k=step.backward(self.k, parameters))
-
-    def rewired(self, step: Rewire) -> Sides:
-        """The same before a one-to-one rewiring."""
-        return replace(
-            self,
-            z=step.inverse(self.z),
-            k=step.backward(self.k),
-            distance=_places(step, self.distance),
-        )
-
-    def doubtful(self, error: float) -> Tensor:
-        """Indices into the flat output of the units that a relative error of `error` may have put on this side."""
-        return torch.nonzero((self.distance <= _REACH * error * self.scale).flatten()).flatten()
-
-    @property
-    def ambiguous(self) -> int:
-        """Units whose value has two arguments."""
-        return int((self.distance == 0).sum())
 
 
 @dataclass(frozen=True)
@@ -277,13 +226,6 @@ class LayerSolver:
         }
 
 
-def _places(step: Rewire, values: Tensor) -> Tensor:
-    """`values` of a one-to-one rewiring's outputs at its inputs, unscaled."""
-    moved = torch.empty_like(values.flatten())
-    moved[step.index.to(values.device)] = values.flatten()
-    return moved.reshape(step.input_shape)
-
-
 def _share(remainder: Tensor, of: Tensor) -> float:
     """How long `remainder` is, relative to `of`."""
     length = torch.linalg.vector_norm(of)
@@ -302,35 +244,3 @@ def natural_damping(solved: Solved) -> float:
     noise = solved.system.misfit(solved.x).square().sum() / freedom
     size = solved.x.square().mean()
     return float((noise / size).sqrt()) if size > 0 else 0.0
-
-
-def determines(system: LayerSystem, *, max_iterations: int) -> bool:
-    """Whether a layer's equations have one solution, at the accuracy they are solved with: not by count, by effect.
-
-    Duplicate filters, zero filters and pixels that no filter meets are equations by count only. A random input is
-    solved for from its own equations; of `n` unknowns a single one left open shows as `1 / sqrt(n)` of its length.
-    """
-    if (
-        system.layer.kind == "Linear"
-        and system.gradient_constraints
-        and system.scales[1] is not None
-        and bool(system.scales[1].any())
-    ):
-        return True  # grad W = k x^T, with a k that is not zero
-    operator = system.operator
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(1, operator.shape[2], generator=generator, dtype=torch.float64).to(operator.like)
-    with torch.inference_mode():
-        values, most = operator.matvec(v), _OPEN * float(torch.linalg.vector_norm(v)) / v.numel() ** 0.5
-        for tolerance in (1e-6, 1e-10):  # the first is enough for most layers, and half the work
-            found = cgls(
-                operator,
-                values,
-                column_lengths=system.column_lengths,
-                tolerance=tolerance,
-                max_iterations=max_iterations,
-                check_every=5,
-            )
-            if float(torch.linalg.vector_norm(found.solution - v)) < most:
-                return True
-    return False

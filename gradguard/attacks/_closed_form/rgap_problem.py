@@ -23,7 +23,7 @@ from gradguard.attacks._closed_form.heads import (
     squared_error_heads,
     squared_error_targets,
 )
-from gradguard.chain import Affine, LayerSystem, Residual, all_parameters, walk
+from gradguard.chain import Affine, Chain, LayerSystem, Residual, all_parameters, walk
 from gradguard.errors import InputError, UnsupportedModelError
 from gradguard.threats.observation import Observation
 
@@ -53,15 +53,15 @@ class Problem:
     """An observation of one example in float64, its model as a chain, and where the recursion starts.
 
     `start_index`: of the layer in the chain's steps; `kind`: how its input is found, "bias", "logistic", "softmax" or
-    "squared".
+    "squared"; `chain`: the model's, if it has been walked.
     Raises what `RGAP.check` raises.
     """
 
-    def __init__(self, observation: Observation) -> None:
+    def __init__(self, observation: Observation, chain: Chain | None = None) -> None:
         self.observation = observation.in_dtype(torch.float64)
         self.function = self.observation.loss_gradient
         self.sent = self.observation.sent
-        self.chain = walk(self.function, observation.input_shape, residual=True)
+        self.chain = chain or walk(self.function, observation.input_shape, residual=True)
         self.parameters = all_parameters(self.function)
         labels = self.observation.labels
         self.labels = None if labels is None else self.function.cast(labels)

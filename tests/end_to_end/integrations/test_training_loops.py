@@ -242,7 +242,7 @@ class Unclipped(GradGuard):
             return
         delta = {n: p.grad - bare[n] for n, p in pl_module.named_parameters()}
         state = {n: p.detach().clone() for n, p in pl_module.named_parameters()}
-        self.kept.append((bare, delta, state, list(self._window.batches)))
+        self.kept.append((bare, delta, state, [(b.inputs, b.targets) for b in self._window.batches]))
 
 
 @pytest.mark.parametrize(

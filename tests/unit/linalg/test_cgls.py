@@ -61,3 +61,17 @@ def test_running_out_of_iterations_is_reported():
     assert found.iterations == 2
     assert not found.converged.any()
     assert (found.residual > 1e-6).all()
+
+
+def test_stops_where_the_caller_has_enough():
+    matrix, b = problems(rows=1, m=60, n=40)
+    seen = []
+
+    def enough(x):
+        seen.append(x.clone())
+        return len(seen) == 3
+
+    found = cgls(LinearOperator.from_matrix(matrix), b, check_every=4, enough=enough)
+    assert found.iterations == 8  # asked before the first step as well
+    assert not found.converged.any()
+    assert torch.equal(found.solution, seen[-1])

@@ -5,13 +5,16 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 import gradguard.attacks
 import gradguard.defenses
 from gradguard import InputError
 from gradguard.attacks import ATTACKS, Attack, MatchingAttack, Reconstruction, register_attack
 from gradguard.defenses import DEFENSES, Compose, Defense, DirectionalNoise, Noise, register_defense
-from gradguard.testing import check_attack, check_defense, check_options
+from gradguard.functional.layers import LAYERS, BilinearLayer, layer_of, register_layer
+from gradguard.functional.layers.linear import LinearLayer
+from gradguard.testing import check_attack, check_defense, check_layer, check_options
 
 
 @pytest.mark.parametrize("name", list(ATTACKS))
@@ -22,6 +25,73 @@ def test_attack(name):
 @pytest.mark.parametrize("name", list(DEFENSES))
 def test_defense(name):
     check_defense(DEFENSES[name].make(0.5))
+
+
+LAYER_EXAMPLES = [
+    pytest.param(module, shape, id=f"{kind.__name__}-{number}")
+    for kind, entry in LAYERS.items()
+    for number, (module, shape) in enumerate(entry.examples())
+    if type(module) is kind
+]
+
+
+@pytest.mark.parametrize(("module", "shape"), LAYER_EXAMPLES)
+def test_layer(module, shape):
+    check_layer(module, shape)
+
+
+def test_every_layer_has_an_example():
+    shared = {nn.SyncBatchNorm}  # needs a process group; its function is BatchNorm's
+    assert {type(p.values[0]) for p in LAYER_EXAMPLES} == set(LAYERS) - shared
+
+
+class Shifted(nn.Linear):
+    """A subclass that computes something else."""
+
+    def forward(self, x):
+        return super().forward(x) + self.weight.sum()
+
+
+def test_a_subclass_of_a_known_layer_is_no_known_layer():
+    assert layer_of(Shifted(2, 3), "weight", "bias") is None
+    with pytest.raises(AssertionError, match="not registered"):
+        check_layer(Shifted(2, 3), (2,))
+
+
+class Doubled(nn.Linear):
+    """A module of one's own: twice a linear layer."""
+
+    def forward(self, x):
+        return 2 * nn.functional.linear(x, self.weight)
+
+
+class DoubledLayer(LinearLayer):
+    """Right: the operand is doubled."""
+
+    def operand(self, x, examples):
+        return 2 * x
+
+
+@pytest.fixture
+def own_layer():
+    yield lambda make: register_layer(Doubled, examples=lambda: [(Doubled(3, 2, bias=False), (3,))])(make)
+    LAYERS.pop(Doubled, None)
+
+
+def test_a_layer_of_ones_own(own_layer):
+    own_layer(DoubledLayer)
+    check_layer(Doubled(3, 2, bias=False), (3,))
+
+
+def test_a_layer_of_ones_own_that_is_wrong_is_found_out(own_layer):
+    own_layer(LinearLayer)  # forgets the factor
+    with pytest.raises(AssertionError, match="goes forward over reverse"):
+        check_layer(Doubled(3, 2, bias=False), (3,))
+
+
+def test_what_is_no_module_is_not_registered():
+    with pytest.raises(InputError, match="Only subclasses"):
+        register_layer(BilinearLayer, examples=list)
 
 
 def public(package, base, frames):
