@@ -6,6 +6,7 @@ rounds x a strength; `Compose` puts several steps in a row.
 
 from gradguard.defenses.base import Defense, randn
 from gradguard.defenses.compose import Compose
+from gradguard.defenses.correlated import CorrelatedNoise
 from gradguard.defenses.directional import DirectionalNoise, PriorAwareNoise, PriorNoise, SmallEigenspaceNoise
 from gradguard.defenses.gaussian import GaussianNoise
 from gradguard.defenses.laws import Isotropic, Law
@@ -14,13 +15,14 @@ from gradguard.defenses.protector import Protector
 from gradguard.defenses.pruning import Pruning
 from gradguard.defenses.registry import DEFENSES, DefenseEntry, register_defense
 from gradguard.defenses.release import Release, Sent
-from gradguard.defenses.schedules import Fresh, Schedule
+from gradguard.defenses.schedules import Fresh, Lambda, Schedule, SquareRoot, TwoBuffers
 from gradguard.defenses.stream import MessageNoise, NoiseStream, noise_key
 from gradguard.defenses.strengths import Floor, NoiseMultiplier, Ratio, Std, Strength
 
 __all__ = [
     "DEFENSES",
     "Compose",
+    "CorrelatedNoise",
     "Defense",
     "DefenseEntry",
     "DirectionalNoise",
@@ -28,6 +30,7 @@ __all__ = [
     "Fresh",
     "GaussianNoise",
     "Isotropic",
+    "Lambda",
     "Law",
     "MessageNoise",
     "Noise",
@@ -42,8 +45,10 @@ __all__ = [
     "Schedule",
     "Sent",
     "SmallEigenspaceNoise",
+    "SquareRoot",
     "Std",
     "Strength",
+    "TwoBuffers",
     "noise_key",
     "randn",
     "register_defense",

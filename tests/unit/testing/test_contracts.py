@@ -11,7 +11,7 @@ import gradguard.attacks
 import gradguard.defenses
 from gradguard import InputError
 from gradguard.attacks import ATTACKS, Attack, MatchingAttack, Reconstruction, register_attack
-from gradguard.defenses import DEFENSES, Compose, Defense, DirectionalNoise, Noise, register_defense
+from gradguard.defenses import DEFENSES, Compose, CorrelatedNoise, Defense, DirectionalNoise, Noise, register_defense
 from gradguard.functional.layers import LAYERS, BilinearLayer, layer_of, register_layer
 from gradguard.functional.layers.linear import LinearLayer
 from gradguard.testing import check_attack, check_defense, check_layer, check_options
@@ -102,7 +102,7 @@ def public(package, base, frames):
 def test_no_attack_and_no_defense_is_left_out():
     attacks = public(gradguard.attacks, Attack, {Attack, MatchingAttack})
     assert {entry.attack for entry in ATTACKS.values()} >= attacks
-    defenses = public(gradguard.defenses, Defense, {Compose, Defense, DirectionalNoise, Noise})
+    defenses = public(gradguard.defenses, Defense, {Compose, CorrelatedNoise, Defense, DirectionalNoise, Noise})
     assert {entry.defense for entry in DEFENSES.values()} >= defenses
 
 
