@@ -5,8 +5,11 @@ rounds x a strength; `Compose` puts several steps in a row.
 """
 
 from gradguard.defenses.base import Defense, randn
+from gradguard.defenses.claims import Claim, claim
+from gradguard.defenses.clipping import ClipPerExample, ClipUpdate
 from gradguard.defenses.compose import Compose
 from gradguard.defenses.directional import DirectionalNoise, PriorNoise, SmallEigenspaceNoise
+from gradguard.defenses.dpsgd import DPSGD
 from gradguard.defenses.gaussian import GaussianNoise
 from gradguard.defenses.laws import Isotropic, Law
 from gradguard.defenses.noise import Noise
@@ -16,14 +19,19 @@ from gradguard.defenses.registry import DEFENSES, DefenseEntry, register_defense
 from gradguard.defenses.release import Release, Sent
 from gradguard.defenses.schedules import Fresh, Schedule
 from gradguard.defenses.stream import MessageNoise, NoiseStream, noise_key
-from gradguard.defenses.strengths import NoiseMultiplier, Ratio, Std, Strength
+from gradguard.defenses.strengths import Epsilon, NoiseMultiplier, Ratio, Std, Strength
 
 __all__ = [
     "DEFENSES",
+    "DPSGD",
+    "Claim",
+    "ClipPerExample",
+    "ClipUpdate",
     "Compose",
     "Defense",
     "DefenseEntry",
     "DirectionalNoise",
+    "Epsilon",
     "Fresh",
     "GaussianNoise",
     "Isotropic",
@@ -42,6 +50,7 @@ __all__ = [
     "SmallEigenspaceNoise",
     "Std",
     "Strength",
+    "claim",
     "noise_key",
     "randn",
     "register_defense",
