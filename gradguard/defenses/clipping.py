@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradguard.defenses.base import Defense
@@ -153,7 +154,11 @@ def clipped(defense: ClipPerExample, release: Release, max_norm: float) -> tuple
     if function is None:
         raise InputError("Clipping examples needs `Release(loss_gradient=LossGradient(model, loss_fn), ...)`.")
     _check_own(release)
-    limit = max_norm / count
+    divisor = defense.expected_batch_size or count
+    # The shares of a sum do not depend on `B`, those of a mean are 1/B of the examples' own gradients.
+    summed = getattr(function.loss_fn, "reduction", None) == "sum"
+    limit = max_norm / (divisor if summed else count)
+    rescale = 1.0 if summed else count / divisor
     kept: list[Tensor] = []
 
     def factors(squares: Tensor) -> Tensor:
@@ -166,8 +171,7 @@ def clipped(defense: ClipPerExample, release: Release, max_norm: float) -> tuple
         return factor.expand_as(squares)
 
     found = weighted_gradient(function, release.inputs, release.targets, factors)
-    divisor = defense.expected_batch_size or count
-    message = {n: g * (count / divisor) if divisor != count else g for n, g in found.gradient.items()}
+    message = found.gradient if rescale == 1 else {n: g * rescale for n, g in found.gradient.items()}
     below = torch.cat(kept).double().mean().item()
     knowledge = Knowledge(
         transforms=(Clip(max_norm=max_norm * count / divisor, per_layer=defense.per_layer),),
@@ -195,11 +199,13 @@ def _shares_are_apart(release: Release) -> bool:
     """Whether an example's share depends on that example and `B` alone: known of torch's losses, else not claimed."""
     function, targets = release.loss_gradient, release.targets
     assert function is not None
-    loss = function.loss_fn
-    if not (isinstance(loss, nn.Module) and is_separable_by_class(function, targets)) or not isinstance(
-        targets, Tensor
-    ):
+    if not is_separable_by_class(function, targets) or not isinstance(targets, Tensor):
         return False
+    loss: Any = function.loss_fn
+    if not isinstance(loss, nn.Module):
+        # A function of torch's, called without options: a mean.
+        classes = loss in (F.cross_entropy, F.nll_loss)
+        loss = nn.NLLLoss() if classes else nn.MSELoss()
     if loss.reduction not in ("mean", "sum"):
         return False
     if loss.reduction == "sum" or not isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or targets.is_floating_point():
