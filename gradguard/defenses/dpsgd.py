@@ -9,7 +9,7 @@ from gradguard.defenses.strengths import Epsilon, NoiseMultiplier, Strength
 from gradguard.errors import InputError
 
 
-def DPSGD(  # noqa: N802 (a recipe: it reads like the defenses that it is made of)
+def DPSGD(
     *,
     max_norm: float,
     noise_multiplier: float | None = None,

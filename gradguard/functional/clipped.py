@@ -1,7 +1,7 @@
 """A batch's gradient with each example's share in it clipped, without one parameter-sized tensor per example.
 
-Where the model's known layers make up its gradient, norms come from operands and signals ("ghost norms", Li et al. 2022,
-arXiv 2110.05679, section 4), and the clipped sum from the signals weighted. Elsewhere a few examples at a time.
+Where the model's known layers make up its gradient, norms come from operands and signals ("ghost norms", Li et al.
+2022, arXiv 2110.05679, section 4), and the clipped sum from the signals weighted. Elsewhere a few examples at a time.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gradguard.defenses as gd
 from gradguard.functional.loss_gradient import LossGradient
+from gradguard.privacy import OpacusAccountant
 
 B = 8
 
@@ -22,9 +23,9 @@ def setting():
     return net, torch.randn(B, 1, 6, 6), torch.randint(3, (B,))
 
 
-def with_opacus(net, x, y, sigma):
+def with_opacus(net, x, y, sigma, accountant="rdp"):
     net = copy.deepcopy(net)
-    engine = PrivacyEngine()
+    engine = PrivacyEngine(accountant=accountant)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, optimizer, _ = engine.make_private(
@@ -65,3 +66,10 @@ def test_the_noise_is_as_large_and_costs_as_much(setting):
     assert ours_std == pytest.approx(torch.cat(noise).std().item(), rel=0.07)
     claim = gd.claim(gd.DPSGD(max_norm=0.5, noise_multiplier=20.0), delta=1e-5, rounds=1, secure=True)
     assert claim.epsilon == pytest.approx(engine.get_epsilon(1e-5), rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+def test_the_engines_default_accountant_can_be_asked_for(setting):
+    _, engine = with_opacus(*setting, 2.0, accountant="prv")
+    ours = OpacusAccountant(rounds=1, kind="prv").epsilon(2.0, 1e-5)
+    assert ours == pytest.approx(engine.get_epsilon(1e-5), rel=1e-9)
