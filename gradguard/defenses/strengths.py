@@ -15,7 +15,7 @@ from functools import lru_cache
 from gradguard.defenses.laws.base import Shape
 from gradguard.defenses.release import Release
 from gradguard.errors import InputError
-from gradguard.privacy.accountants import Accountant, OpacusAccountant, StreamAccountant, noise_multiplier_for
+from gradguard.privacy.accountants import OpacusAccountant, StreamAccountant, noise_multiplier_for
 
 
 def require_positive(**values: float) -> None:
@@ -151,7 +151,7 @@ class Epsilon(Strength):
         _ = self.accountant
 
     @property
-    def accountant(self) -> Accountant:
+    def accountant(self) -> OpacusAccountant | StreamAccountant:
         """What counts the cost."""
         if self.stream_sensitivity is None:
             return OpacusAccountant(rounds=self.participations or self.rounds, sample_rate=self.sample_rate)
@@ -171,5 +171,5 @@ class Epsilon(Strength):
 
 
 @lru_cache(maxsize=256)
-def _multiplier(epsilon: float, delta: float, accountant: Accountant) -> float:
+def _multiplier(epsilon: float, delta: float, accountant: OpacusAccountant | StreamAccountant) -> float:
     return noise_multiplier_for(epsilon, delta, accountant=accountant)

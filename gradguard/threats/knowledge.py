@@ -26,8 +26,11 @@ class Transform(Protocol):
     the identity (sign, rounding), since its own is zero almost everywhere.
     """
 
-    name: str
-    straight_through: bool
+    @property
+    def name(self) -> str: ...  # read only, so that options may be frozen
+
+    @property
+    def straight_through(self) -> bool: ...
 
     def __call__(self, gradient: Gradient) -> Gradient:
         """The step on a gradient, differentiable unless `straight_through`.
