@@ -27,10 +27,12 @@ class Transform(Protocol):
     """
 
     @property
-    def name(self) -> str: ...  # read only, so that options may be frozen
+    def name(self) -> str:
+        """In tables."""
 
     @property
-    def straight_through(self) -> bool: ...
+    def straight_through(self) -> bool:
+        """Whether the derivative is taken as the identity's."""
 
     def __call__(self, gradient: Gradient) -> Gradient:
         """The step on a gradient, differentiable unless `straight_through`.
