@@ -5,9 +5,12 @@ rounds x a strength; `Compose` puts several steps in a row.
 """
 
 from gradguard.defenses.base import Defense, randn
+from gradguard.defenses.claims import Claim, claim
+from gradguard.defenses.clipping import ClipPerExample, ClipUpdate
 from gradguard.defenses.compose import Compose
 from gradguard.defenses.correlated import CorrelatedNoise
 from gradguard.defenses.directional import DirectionalNoise, PriorAwareNoise, PriorNoise, SmallEigenspaceNoise
+from gradguard.defenses.dpsgd import DPSGD
 from gradguard.defenses.gaussian import GaussianNoise
 from gradguard.defenses.laws import Isotropic, Law
 from gradguard.defenses.noise import Noise
@@ -17,15 +20,20 @@ from gradguard.defenses.registry import DEFENSES, DefenseEntry, register_defense
 from gradguard.defenses.release import Release, Sent
 from gradguard.defenses.schedules import Fresh, Lambda, Schedule, SquareRoot, TwoBuffers
 from gradguard.defenses.stream import MessageNoise, NoiseStream, noise_key
-from gradguard.defenses.strengths import Floor, NoiseMultiplier, Ratio, Std, Strength
+from gradguard.defenses.strengths import Epsilon, Floor, NoiseMultiplier, Ratio, Std, Strength
 
 __all__ = [
     "DEFENSES",
+    "DPSGD",
+    "Claim",
+    "ClipPerExample",
+    "ClipUpdate",
     "Compose",
     "CorrelatedNoise",
     "Defense",
     "DefenseEntry",
     "DirectionalNoise",
+    "Epsilon",
     "Floor",
     "Fresh",
     "GaussianNoise",
@@ -49,6 +57,7 @@ __all__ = [
     "Std",
     "Strength",
     "TwoBuffers",
+    "claim",
     "noise_key",
     "randn",
     "register_defense",

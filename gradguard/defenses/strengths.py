@@ -8,7 +8,9 @@ schedule.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -17,6 +19,7 @@ from gradguard.defenses.release import Release
 from gradguard.errors import InputError
 from gradguard.leakage.floors import bayes_floor
 from gradguard.linalg.covariances import PowerLawPrior
+from gradguard.privacy.accountants import OpacusAccountant, StreamAccountant, noise_multiplier_for
 
 #: Steps of the search for the least noise that holds a floor; the last moves the noise by less than 0.1%.
 SEARCH_STEPS = 24
@@ -186,3 +189,69 @@ class Floor(Strength):
             if high / low < 1.001:
                 break
         return high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epsilon(Strength):
+    """The least Gaussian noise that meets (epsilon, delta) over all rounds; examples added or removed are neighbours.
+
+    The number is a promise only under the conditions that `gradguard.defenses.claim` checks.
+
+    Args:
+        epsilon: The budget of the whole run, positive.
+        delta: In (0, 1), well below 1 over the number of examples.
+        rounds: Messages of the run.
+        sample_rate: With Poisson sampling, the probability with which an example is in a batch; `None`: none is
+            claimed.
+        participations: In how many rounds one example is at most (default: all); not with `sample_rate`.
+        stream_sensitivity: For correlated noise: the sensitivity of `C` relative to its first column,
+            `sens(C) / |C e_0|`, for the run's rounds, separation and participations. A number, or a function of
+            `(rounds, participations)`.
+
+    Raises:
+        InputError: If an argument is outside its range, or two exclude each other.
+    """
+
+    epsilon: float
+    delta: float
+    rounds: int
+    sample_rate: float | None = None
+    participations: int | None = None
+    stream_sensitivity: float | Callable[[int, int], float] | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(epsilon=self.epsilon)
+        if not 0 < self.delta < 1:
+            raise InputError(f"`delta` must be in (0, 1), got {self.delta}.")
+        if self.sample_rate is not None and (self.participations, self.stream_sensitivity) != (None, None):
+            raise InputError(
+                "Sampling amplifies fresh noise over all rounds; with `participations` or `stream_sensitivity` nothing "
+                "is amplified. Give `sample_rate`, or those."
+            )
+        if self.participations is not None and not 1 <= self.participations <= self.rounds:
+            raise InputError(f"`participations` must be from 1 to `rounds` = {self.rounds}: {self.participations}.")
+        _ = self.accountant
+
+    @property
+    def accountant(self) -> OpacusAccountant | StreamAccountant:
+        """What counts the cost."""
+        if self.stream_sensitivity is None:
+            return OpacusAccountant(rounds=self.participations or self.rounds, sample_rate=self.sample_rate)
+        given = self.stream_sensitivity
+        return StreamAccountant(
+            sensitivity=given(self.rounds, self.participations or self.rounds) if callable(given) else given
+        )
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Standard deviation over sensitivity."""
+        return _multiplier(self.epsilon, self.delta, self.accountant)
+
+    def std(self, release: Release, shape: Shape) -> float:
+        """The noise multiplier times the release's sensitivity."""
+        return NoiseMultiplier(value=self.noise_multiplier).std(release, shape)
+
+
+@lru_cache(maxsize=256)
+def _multiplier(epsilon: float, delta: float, accountant: OpacusAccountant | StreamAccountant) -> float:
+    return noise_multiplier_for(epsilon, delta, accountant=accountant)

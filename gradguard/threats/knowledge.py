@@ -26,8 +26,13 @@ class Transform(Protocol):
     the identity (sign, rounding), since its own is zero almost everywhere.
     """
 
-    name: str
-    straight_through: bool
+    @property
+    def name(self) -> str:
+        """In tables."""
+
+    @property
+    def straight_through(self) -> bool:
+        """Whether the derivative is taken as the identity's."""
 
     def __call__(self, gradient: Gradient) -> Gradient:
         """The step on a gradient, differentiable unless `straight_through`.
