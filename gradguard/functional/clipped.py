@@ -15,7 +15,7 @@ from torch import Tensor
 from gradguard.errors import UnsupportedModelError
 from gradguard.functional.choice import name_of, way_of
 from gradguard.functional.layer_by_layer import Call, LayerByLayer
-from gradguard.functional.layers.bilinear import MatrixLayer
+from gradguard.functional.layers.base import MatrixLayer
 from gradguard.functional.loss_gradient import LossGradient
 from gradguard.functional.precision import full_precision
 from gradguard.functional.problems import Batch, Problems
