@@ -75,7 +75,9 @@ class Trials:
         if self.declared is not None and self.declared.free_scale:
             self.free_scale = True
         #: What candidates are compared by.
-        self.comparison: Distance = self.distance if isinstance(self.distance, MahalanobisDistance) else SquaredDistance()
+        self.comparison: Distance = (
+            self.distance if isinstance(self.distance, MahalanobisDistance) else SquaredDistance()
+        )
         #: Which picture each trial is of.
         self.picture = torch.arange(len(observations), device=self.function.device).repeat_interleave(restarts)
         self.distance.check(known)
