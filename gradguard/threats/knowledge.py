@@ -25,8 +25,8 @@ class Transform(Protocol):
     `name`: in tables ("clip", "sign"). `straight_through`: whether the derivative is to be taken as if the step were
     the identity (sign, rounding), since its own is zero almost everywhere.
 
-    A step may also have `nearest(gradient, sent) -> Gradient`: of all gradients that it takes to `sent`, the one closest
-    to `gradient`, differentiable. As a last step it is then matched by the distance from that set, which is smooth and
+    A step may also have `nearest(gradient, sent) -> Gradient`: of all gradients that it takes to `sent`, the closest
+    one to `gradient`, differentiable. As a last step it is then matched by the distance from that set, which is smooth and
     zero at the truth.
     """
 
