@@ -26,8 +26,8 @@ class Transform(Protocol):
     the identity (sign, rounding), since its own is zero almost everywhere.
 
     A step may also have `nearest(gradient, sent) -> Gradient`: of all gradients that it takes to `sent`, the closest
-    one to `gradient`, differentiable. As a last step it is then matched by the distance from that set, which is smooth and
-    zero at the truth.
+    one to `gradient`, differentiable. As a last step it is then matched by the distance from that set, which
+    is smooth and zero at the truth.
     """
 
     name: str

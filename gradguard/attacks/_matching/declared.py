@@ -1,7 +1,7 @@
 """What a defense declares, as gradient matching uses it: on both sides of the distance.
 
-The message is `mask * T(c (g + offset)) + noise`: the trial's gradient goes the same way as far as it is known, and what
-says nothing is left out on both sides.
+The message is `mask * T(c (g + offset)) + noise`: the trial's gradient goes the same way as far as it is known, and
+what says nothing is left out on both sides.
 """
 
 from __future__ import annotations
@@ -115,6 +115,27 @@ def weighed_variance(observation: Observation) -> dict[str, float | Tensor] | No
     if not largest > 0 or all(bool((v >= largest * (1 - 1e-6)).all()) for v in values.values()):
         return None
     return {n: v.double().clamp_min(LEAST_VARIANCE * largest) for n, v in values.items()}
+
+
+def element_weights(observation: Observation, like: Gradient) -> Gradient:
+    """`1 / std` of the declared noise on each element that is matched, 0 where nothing was sent.
+
+    Args:
+        observation: with `knowledge` that has a `variance`; another one weighs all elements 1.
+        like: `(1, *parameter_shape)` for each parameter that is matched.
+
+    Returns:
+        `(*parameter_shape)` for each.
+    """
+    known = observation.knowledge or Knowledge()
+    variance: Mapping[str, float | Tensor] | float = 1.0 if known.variance is None else known.variance
+    values = {}
+    for name, g in like.items():
+        value = variance.get(name, 0.0) if isinstance(variance, Mapping) else variance
+        values[name] = torch.as_tensor(value).to(g).expand(g.shape[1:])
+    largest = max((v.max() for v in values.values() if v.numel()), default=torch.tensor(1.0))
+    least = (LEAST_VARIANCE * largest).clamp_min(torch.finfo(torch.float64).tiny)
+    return {n: v.clamp_min(least.to(v)).rsqrt() * _mask(known, n, v) for n, v in values.items()}
 
 
 def _after(steps: tuple[Transform, ...], own: Gradient, sent: Gradient) -> tuple[Gradient, Gradient]:

@@ -50,10 +50,10 @@ def levenberg_marquardt(
     """Refine trials of an attack.
 
     `inputs`: `(T, B, *input_shape)`; `labels`: `(T, B, ...)`, kept. `sent`: `(T, *parameter_shape)` where trials are of
-    different gradients than the observation's. `weights`: `(T, P)` on the residual's elements, of the
-    parameters that are matched, for instance 0 for elements that were not sent. `adaptive`: see `Trials`. `groups`: `(T,)`, which picture a trial is of: once a trial matches to
+    different gradients than the observation's. `groups`: `(T,)`, which picture a trial is of: once a trial matches to
     rounding the others of its picture have lost and stay where they are. A trial ends when its step is below
-    `tolerance` relative to its inputs, or nothing is left to gain.
+    `tolerance` relative to its inputs, or nothing is left to gain. `weights`: `(T, P)` on the residual's elements, of
+    the parameters that are matched, for instance 0 for elements that were not sent. `adaptive`: see `Trials`.
     Returns points `(T, B D)` and values: the relative squared matching loss. For `T B D` inputs that are too many
     for a dense `J` the step is solved by at most `inner_iterations` of LSMR.
     """
