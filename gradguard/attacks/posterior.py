@@ -166,6 +166,11 @@ class WienerFilter(Attack):
         wide = observation.in_dtype(torch.float64)
         labels = found.labels if found.labels is not None else observation.labels
         problem = Posterior(replace(wide, labels=labels), self.prior, 1)
+        if getattr(self.prior, "mean", None) is None and found.inputs.ndim > 2:
+            # The noise is zero in the mean, so the brightness of each channel is about right as it was found.
+            flat = found.inputs.to(problem.mean).flatten(2).mean(-1)
+            brightness = flat.reshape(*flat.shape, *[1] * (found.inputs.ndim - 2))
+            problem.mean = brightness.expand(found.inputs.shape).reshape(1, -1)
         moved = found.inputs.to(problem.mean)[None].flatten(1) - problem.mean
         displacement = observation.knowledge.displacement
         if displacement is None:
