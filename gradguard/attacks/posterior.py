@@ -69,8 +69,8 @@ class MAP(Attack):
         """Noise must be declared."""
         if observation.knowledge is None or observation.knowledge.variance is None:
             raise InputError(
-                "MAP weighs the message by its declared noise and there is none: give `Observation(knowledge=...)` with "
-                "a `variance`, as `sent.knowledge` of a defense that adds noise, or use a plain matching attack."
+                "MAP weighs the message by its declared noise and there is none: give `Observation(knowledge=...)` "
+                "with a `variance`, as `sent.knowledge` of a defense that adds noise, or use a plain matching attack."
             )
         if observation.knowledge.scale is None:
             raise InputError("MAP needs the factor of the gradient, and `knowledge.scale=None` says it is unknown.")
@@ -78,31 +78,7 @@ class MAP(Attack):
     def run(self, observation: Observation, generator: torch.Generator | None) -> Reconstruction:
         """Damped Gauss-Newton from each start; the highest posterior density is kept."""
         problem = Posterior(observation.in_dtype(torch.float64), self.prior, self.starts)
-        z = problem.starts(generator)
-        residual, value = problem.residual(z)
-        damping = torch.full_like(value, float("nan"))
-        growth = torch.full_like(value, 2.0)
-        iteration = 0
-        for iteration in range(1, self.iterations + 1):
-            step_for, curvature = problem.linearised(z, residual)
-            # The prior's curvature is 1: from there the damping grows and shrinks.
-            damping = torch.where(damping.isnan(), 1e-3 * curvature, damping)
-            moved, gained = z, torch.zeros_like(value)
-            for _ in range(8):  # until each start has gained, with the same linearisation
-                step = step_for(damping)
-                candidate = torch.where((gained > 0)[:, None], moved, z + step)
-                new_residual, new_value = problem.residual(candidate)
-                better = torch.isfinite(new_value) & (new_value < value)
-                moved = torch.where(better[:, None], candidate, z)
-                gained = torch.where(better, value - new_value, torch.zeros_like(value))
-                damping = torch.where(better, damping / 3, damping * growth)
-                growth = torch.where(better, torch.full_like(growth, 2.0), growth * 2)
-                if bool(better.all()):
-                    break
-            z = moved
-            residual, value = problem.residual(z)
-            if bool((gained <= LEAST_GAIN * value).all()):
-                break
+        z, value, iterations = self._search(problem, problem.starts(generator))
         best = int(value.nan_to_num(nan=float("inf")).argmin())
         expected = float(problem.count + problem.size)
         return Reconstruction(
@@ -110,8 +86,35 @@ class MAP(Attack):
             inputs=problem.inputs(z)[best].detach(),
             labels=problem.labels_of_one,
             converged=value[best].item() < 2 * expected,
-            details={"objective": value[best].item(), "expected": expected, "iterations": iteration, "start": best},
+            details={"objective": value[best].item(), "expected": expected, "iterations": iterations, "start": best},
         )
+
+    def _search(self, problem: Posterior, z: Tensor) -> tuple[Tensor, Tensor, int]:
+        """The points that the starts end at, their objectives `(T,)`, and how many linearisations it took."""
+        residual, value = problem.residual(z)
+        damping, growth = torch.zeros_like(value), torch.full_like(value, 2.0)
+        count = 0
+        while count < self.iterations:
+            step_for, curvature = problem.linearised(z, residual)
+            damping = 1e-3 * curvature if count == 0 else damping
+            count += 1
+            before = value
+            waiting = torch.isfinite(value)
+            for _ in range(8):  # with the same linearisation, until each start has gained
+                candidate = z + step_for(damping)
+                reached = problem.residual(candidate)[1]
+                better = waiting & torch.isfinite(reached) & (reached < value)
+                z, value = torch.where(better[:, None], candidate, z), torch.where(better, reached, value)
+                waiting = waiting & ~better
+                damping = torch.where(better, damping / 3, torch.where(waiting, damping * growth, damping))
+                growth = torch.where(better, torch.full_like(growth, 2.0), torch.where(waiting, growth * 2, growth))
+                if not bool(waiting.any()):
+                    break
+            residual = problem.residual(z)[0]
+            gained = (before - value).nan_to_num(nan=0.0)
+            if bool((gained <= LEAST_GAIN * before).all()):
+                break
+        return z, value, count
 
 
 @dataclass(frozen=True, kw_only=True)

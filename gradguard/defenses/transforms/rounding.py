@@ -104,6 +104,13 @@ class Quantisation(Transformation):
 
         Random rounding is unbiased, so that its errors average out over elements: it is declared as noise with a step's
         squared over 6 as its variance (at a place drawn evenly), which tells more than the interval.
+
+        Args:
+            release: what was protected.
+            message: what is sent.
+
+        Returns:
+            The declaration.
         """
         largest, steps = {n: _largest(g) for n, g in release.gradient.items()}, 2**self.bits - 1
         if self.stochastic:
