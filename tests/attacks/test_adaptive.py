@@ -101,10 +101,8 @@ def test_noise_that_differs_over_layers_is_weighed(convnet, cross_entropy, batch
     x, y = batch[0][:1], batch[1][:1]
     function = LossGradient(convnet, cross_entropy)
     gradient = function(x, y)
-    stds = {n: (0.3 if i % 2 == 0 else 1e-4) for i, n in enumerate(gradient)}
-    noise = {
-        n: stds[n] * torch.randn(g.shape, generator=gen(i), dtype=g.dtype) for i, (n, g) in enumerate(gradient.items())
-    }
+    stds = {n: (0.1 if g.shape == (10, 512) else 1e-4) for n, g in gradient.items()}
+    noise = {n: s * torch.randn(gradient[n].shape, generator=gen(7), dtype=torch.float64) for n, s in stds.items()}
     known = Knowledge(variance={n: s**2 for n, s in stds.items()})
     observation = Observation(
         loss_gradient=function,
@@ -171,7 +169,10 @@ def test_verdicts_run_them(convnet, cross_entropy, batch):
     assert report.best_psnr("with") > report.attacks["DLG"]["with"].best_psnr + 5
     middle = (report.best_psnr("with") + report.attacks["DLG"]["with"].best_psnr) / 2
     asking = Guard(
-        defense=Sign(), attacks=[dlg], threat=ThreatModel(max_attacked=1), policy=Policy(max_attacked_psnr=middle)
+        defense=Sign(),
+        attacks=[dlg],
+        threat=ThreatModel(max_attacked=1),
+        policy=Policy(maximum_attacked_psnr=middle, minimum_predicted_error=None, maximum_attacked_ssim=None),
     )
     _, verdict = asking.protect(convnet, cross_entropy, x, y)
     assert verdict.decision == "block"  # the plain attack alone would have let it pass
@@ -244,9 +245,7 @@ def test_what_is_not_sent_does_not_count_for_map(convnet, cross_entropy, batch):
     x, y = batch[0][:1], batch[1][:1]
     observation = seen(convnet, cross_entropy, x, y, RandomPruning(fraction=0.3))
     noisy = {
-        n: torch.where(
-            observation.knowledge.mask[n], g + 1e-4 * torch.randn(g.shape, generator=gen(), dtype=g.dtype), g
-        )
+        n: g + 1e-4 * torch.randn(g.shape, generator=gen(), dtype=g.dtype) * observation.knowledge.mask[n]
         for n, g in observation.sent.items()
     }
     known = replace(observation.knowledge, variance=1e-8)
