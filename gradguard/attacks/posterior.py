@@ -57,7 +57,7 @@ class MAP(Attack):
     takes_structures: ClassVar[bool] = True
     takes_missing_gradients: ClassVar[bool] = True
 
-    starts: int = 4
+    starts: int = 3
     iterations: int = 60
     prior: Any = field(default=None)
 

@@ -30,8 +30,13 @@ class Transform(Protocol):
     is smooth and zero at the truth.
     """
 
-    name: str
-    straight_through: bool
+    @property
+    def name(self) -> str:
+        """In tables."""
+
+    @property
+    def straight_through(self) -> bool:
+        """Whether its derivative is to be the identity's."""
 
     def __call__(self, gradient: Gradient) -> Gradient:
         """The step on a gradient, differentiable unless `straight_through`.
