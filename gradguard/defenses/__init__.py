@@ -16,7 +16,7 @@ from gradguard.defenses.release import Release, Sent
 from gradguard.defenses.schedules import Fresh, Schedule
 from gradguard.defenses.stream import MessageNoise, NoiseStream, noise_key
 from gradguard.defenses.strengths import NoiseMultiplier, Ratio, Std, Strength
-from gradguard.defenses.transforms import Pruning, Quantisation, RandomPruning, Sign, TopK
+from gradguard.defenses.transforms import Pruning, Quantisation, RandomPruning, Sign, Soteria, TopK
 
 __all__ = [
     "DEFENSES",
@@ -43,6 +43,7 @@ __all__ = [
     "Sent",
     "Sign",
     "SmallEigenspaceNoise",
+    "Soteria",
     "Std",
     "Strength",
     "TopK",

@@ -18,7 +18,7 @@ from typing import TypeVar
 from gradguard.defenses.base import Defense
 from gradguard.defenses.directional import PriorNoise, SmallEigenspaceNoise
 from gradguard.defenses.gaussian import GaussianNoise
-from gradguard.defenses.transforms import Pruning, Quantisation, RandomPruning, Sign
+from gradguard.defenses.transforms import Pruning, Quantisation, RandomPruning, Sign, Soteria
 from gradguard.errors import InputError
 
 AnyDefense = TypeVar("AnyDefense", bound=type[Defense])
@@ -87,3 +87,4 @@ register_defense("pruning", strength="fraction")(Pruning)
 register_defense("random-pruning", strength="fraction")(RandomPruning)
 register_defense("sign", strength=None)(Sign)
 register_defense("quantisation", strength=None)(Quantisation)
+register_defense("soteria", strength="fraction")(Soteria)

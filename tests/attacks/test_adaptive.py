@@ -9,7 +9,7 @@ from torch import nn
 from gradguard import Guard, InputError, InputJacobian, LossGradient, Policy, ThreatModel
 from gradguard.attacks import DLG, ILRG, RGAP, InvertingGradients, Observation
 from gradguard.attacks.adaptive import MAP, WienerFilter, adaptive, adaptive_attacks
-from gradguard.defenses import GaussianNoise, Pruning, Quantisation, RandomPruning, Release, Sign
+from gradguard.defenses import GaussianNoise, Pruning, Quantisation, RandomPruning, Release, Sign, Soteria
 from gradguard.evaluation.judgement import Judge
 from gradguard.evaluation.scoring import observe
 from gradguard.leakage import bayes_floor, fidelity, spectrum
@@ -27,8 +27,8 @@ def seen(model, loss_fn, x, y, defense):
     """What is seen of one example's gradient behind a defense, and what is declared of it."""
     function = LossGradient(model, loss_fn)
     gradient = function(x, y)
-    message = defense(gradient, generator=gen(3))
-    known = defense.knowledge(Release(gradient), message)
+    message = defense(gradient, InputJacobian(function, x, y), generator=gen(3))
+    known = defense.knowledge(Release(gradient, loss_gradient=function, inputs=x, targets=y), message)
     return Observation(loss_gradient=function, sent=message, input_shape=tuple(x.shape[1:]), labels=y, knowledge=known)
 
 
@@ -47,6 +47,7 @@ def psnr(attack, observation, x):
         (RandomPruning(fraction=0.4), 30),
         (Quantisation(bits=2), 8),
         (Quantisation(bits=4), 5),
+        (Soteria(fraction=0.4), 30),
     ],
     ids=str,
 )

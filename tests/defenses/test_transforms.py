@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradguard import InputError
+from gradguard import InputError, InputJacobian, LossGradient
 from gradguard.defenses import (
     Compose,
     GaussianNoise,
@@ -12,6 +12,7 @@ from gradguard.defenses import (
     RandomPruning,
     Release,
     Sign,
+    Soteria,
     TopK,
 )
 from gradguard.threats.knowledge import InOtherUnits
@@ -110,6 +111,24 @@ def test_a_protector_sends_the_message_itself_and_its_declaration(gradient):
     assert [t.name for t in both.knowledge.transforms] == ["quantisation"]
     noisy = Compose(steps=(GaussianNoise(std=0.1), Sign())).start().protect(Release(single))
     assert noisy.knowledge.noisy
+
+
+def test_soteria_drops_the_features_that_move_least_for_their_size(convnet, cross_entropy, batch):
+    function = LossGradient(convnet, cross_entropy)
+    jacobian, gradient = InputJacobian(function, *batch), function(*batch)
+    defense = Soteria(fraction=0.25)
+    message = defense(gradient, jacobian)
+    body = convnet[:-1]
+    slopes = torch.func.vmap(torch.func.jacrev(lambda x: body(x[None])[0]))(batch[0]).flatten(2).norm(dim=-1)
+    ratio = (slopes / body(batch[0]).detach().abs()).sum(0)
+    dropped = (message["5.weight"] == 0).all(0)
+    assert dropped.sum() == 128
+    assert ratio[dropped].max() <= ratio[~dropped].min()
+    assert all(torch.equal(message[n], g) for n, g in gradient.items() if n != "5.weight")
+    known = defense.knowledge(Release(gradient, loss_gradient=function, inputs=batch[0], targets=batch[1]), message)
+    assert torch.equal(known.mask["5.weight"], ~dropped.expand(10, -1))
+    with pytest.raises(InputError, match="named_modules"):
+        Soteria(layer="nowhere")(gradient, jacobian)
 
 
 def test_options_are_checked():

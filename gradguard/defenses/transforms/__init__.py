@@ -3,5 +3,6 @@
 from gradguard.defenses.transforms.base import Transformation
 from gradguard.defenses.transforms.pruning import Pruning, RandomPruning, TopK
 from gradguard.defenses.transforms.rounding import Quantisation, Sign
+from gradguard.defenses.transforms.soteria import Soteria
 
-__all__ = ["Pruning", "Quantisation", "RandomPruning", "Sign", "TopK", "Transformation"]
+__all__ = ["Pruning", "Quantisation", "RandomPruning", "Sign", "Soteria", "TopK", "Transformation"]
