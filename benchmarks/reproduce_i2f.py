@@ -33,7 +33,7 @@ from common import Bar, benchmark_parser, finish, generator, real_pictures, rows
 from gradguard import InputJacobian, LossGradient
 from gradguard.attacks import DLG, Observation
 from gradguard.benchmark import InitialisationComparison, compare_initialisations
-from gradguard.defenses import GaussianNoise, Pruning
+from gradguard.defenses import GaussianNoise, Pruning, Release
 from gradguard.functional.vectors import Gradient, add
 from gradguard.leakage import fidelity, influence, influence_lower_bound, spectrum
 from gradguard.linalg import one_thread
@@ -113,7 +113,7 @@ def published_bars(table: list[dict[str, Any]], pruned: list[dict[str, Any]]) ->
         Bar("I2F at eps = 0, median", middle("I2F"), (1.17, 1.38), "within"),
         Bar("MSE of the attack, median", middle("MSE"), (6.5e-4, 1.04e-3), "within"),
         Bar("pruning 40%: MSE, median", statistics.median(r["MSE"] for r in pruned), (1.8e-4, 3.2e-4), "within"),
-        Bar("pruning 40%: least SSIM", min(r["SSIM"] for r in pruned), 0.984, "at least"),
+        Bar("pruning 40%, mask known: least SSIM", min(r["SSIM, mask known"] for r in pruned), 0.984, "at least"),
     ]
 
 
@@ -228,14 +228,18 @@ def draw_rows(options: argparse.Namespace, data: Pictures) -> list[dict[str, Any
 
 
 def pruning_rows(options: argparse.Namespace, data: Pictures) -> list[dict[str, Any]]:
-    """40% of the elements set to zero."""
-    rows = []
+    """40% of the elements set to zero: matched as they are, and as what was not sent (the mask is plain to see)."""
+    rows, pruning, aware = [], Pruning(fraction=0.4), replace(ATTACK, adaptive=True)
     for index, (x, jacobian, observation) in enumerate(singles(network(PUBLISHED_SEED, options), data, 5)):
-        delta = Pruning(fraction=0.4).perturbation(observation.sent)
+        message = pruning(observation.sent)
+        delta = add(message, observation.sent, -1.0)
+        seen = replace(observation, knowledge=pruning.knowledge(Release(observation.sent), message))
         predicted = influence(jacobian, delta)
         found = scores(attacked(observation, delta, ATTACK, options, index), x)
+        masked = scores(attacked(seen, delta, aware, options, index), x)
         moved = scores(x + predicted.displacement, x)
-        rows.append({"picture": index, "I2F": predicted.value.item(), "predicted MSE": moved["MSE"]} | found)
+        row = {"picture": index, "I2F": predicted.value.item(), "predicted MSE": moved["MSE"]} | found
+        rows.append(row | {"MSE, mask known": masked["MSE"], "SSIM, mask known": masked["SSIM"]})
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from gradguard.attacks import DLG, ILRG, RGAP, Attack
 from gradguard.defenses import Defense
 from gradguard.defenses.coverage import Uncovered, cover
-from gradguard.errors import InputError
+from gradguard.defenses.release import Release
+from gradguard.errors import InputError, SeededNoiseWarning
 from gradguard.evaluation.evidence import Scores, by_attack, evidence_of
 from gradguard.evaluation.judgement import Judge, judge, most_exposed
 from gradguard.evaluation.measurement import MAX_ITERATIONS, Measures, difference, measure, noise_ratio
@@ -24,7 +26,7 @@ from gradguard.functional.local_training import LocalTraining
 from gradguard.functional.loss_gradient import LossFunction, LossGradient, TrainMode
 from gradguard.functional.precision import full_precision
 from gradguard.functional.structures import targets_of
-from gradguard.functional.vectors import Gradient, add, norm
+from gradguard.functional.vectors import Gradient, norm
 from gradguard.functional.whole_batch import take
 from gradguard.leakage import spectrum
 from gradguard.policy import Policy
@@ -33,6 +35,7 @@ from gradguard.report.leakage_report import Case
 from gradguard.report.scores import best_labels
 from gradguard.storage.environment import environment as environment_of
 from gradguard.storage.progress import Bar, progress_bar
+from gradguard.threats.knowledge import Knowledge
 from gradguard.threats.model import ThreatModel
 
 #: What an audit attacks with unless told otherwise: one closed form, one optimisation, one for the labels.
@@ -150,7 +153,8 @@ class Guard:
             gradients: dict[Case, Gradient | None] = {"without": true, "with": sent}
             for case, gradient in gradients.items():
                 if gradient is not None:
-                    found[case] = judging.scores(gradient, attacked, _announcing(bar, case))
+                    known = self._knowledge(jacobian, true, gradient) if case == "with" else None
+                    found[case] = judging.scores(gradient, attacked, _announcing(bar, case), known)
         best = {case: best_labels(scores.labels) for case, scores in found.items()}
         report = LeakageReport(
             model=type(model).__name__,
@@ -252,7 +256,8 @@ class Guard:
         source = generator if noise is None else noise
         covered = cover(self.defense, message.in_gradient_units(), jacobian, uncovered=self.uncovered, generator=source)
         sent = message.in_its_own(covered.message)
-        judged = judge_of(message.seen(message.in_its_own(covered.message, masked=False), fill_unsent=False))
+        seen = message.seen(message.in_its_own(covered.message, masked=False), fill_unsent=False)
+        judged = judge_of(seen, self._knowledge(jacobian, message.in_gradient_units(), covered.message))
         if judged.complaints:
             reasons = (*judged.complaints, *judged.caveats, f"even after {self._defense_name()}", *sentences)
             return None, message.named(judged.verdict("block", *reasons))
@@ -371,7 +376,15 @@ class Guard:
     ) -> Gradient | None:
         if self.defense is None:
             return None
-        return add(gradient, self.defense.checked_perturbation(gradient, jacobian, generator=generator))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SeededNoiseWarning)
+            return self.defense(gradient, jacobian, generator=generator)
+
+    def _knowledge(self, jacobian: InputJacobian, gradient: Gradient, sent: Gradient) -> Knowledge | None:
+        """What the defense declares of `sent`, so that attacks who know it are run too."""
+        if self.defense is None or set(sent) != set(gradient):
+            return None
+        return self.defense.knowledge(Release.of(jacobian, gradient), sent)
 
     def _defense_name(self) -> str:
         return self.defense.name if self.defense else "no defense"

@@ -1,6 +1,7 @@
 """Attacks: what a gradient gives away, proven."""
 
 from gradguard.attacks._matching.engine import GradientMatching, MatchingAttack
+from gradguard.attacks.adaptive import MAP, WienerFilter, adaptive_attacks
 from gradguard.attacks.base import Attack, attack_candidates
 from gradguard.attacks.dlg import DLG, IDLG
 from gradguard.attacks.grad_inversion import GradInversion
@@ -19,6 +20,7 @@ __all__ = [
     "HGAP",
     "IDLG",
     "ILRG",
+    "MAP",
     "RGAP",
     "SPEAR",
     "Attack",
@@ -32,6 +34,8 @@ __all__ = [
     "MatchingAttack",
     "Observation",
     "Reconstruction",
+    "WienerFilter",
+    "adaptive_attacks",
     "attack_candidates",
     "register_attack",
 ]

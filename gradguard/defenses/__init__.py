@@ -15,12 +15,12 @@ from gradguard.defenses.gaussian import GaussianNoise
 from gradguard.defenses.laws import Isotropic, Law
 from gradguard.defenses.noise import Noise
 from gradguard.defenses.protector import Protector
-from gradguard.defenses.pruning import Pruning
 from gradguard.defenses.registry import DEFENSES, DefenseEntry, register_defense
 from gradguard.defenses.release import Release, Sent
 from gradguard.defenses.schedules import Fresh, Lambda, Schedule, SquareRoot, TwoBuffers
 from gradguard.defenses.stream import MessageNoise, NoiseStream, noise_key
 from gradguard.defenses.strengths import Epsilon, Floor, NoiseMultiplier, Ratio, Std, Strength
+from gradguard.defenses.transforms import Pruning, Quantisation, RandomPruning, Sign, Soteria, TopK
 
 __all__ = [
     "DEFENSES",
@@ -48,14 +48,19 @@ __all__ = [
     "PriorNoise",
     "Protector",
     "Pruning",
+    "Quantisation",
+    "RandomPruning",
     "Ratio",
     "Release",
     "Schedule",
     "Sent",
+    "Sign",
     "SmallEigenspaceNoise",
+    "Soteria",
     "SquareRoot",
     "Std",
     "Strength",
+    "TopK",
     "TwoBuffers",
     "claim",
     "noise_key",

@@ -64,6 +64,22 @@ class Noise(Defense):
         std = self.strength.std(release, shape)
         return shape.draw(source, std)
 
+    def knowledge(self, release: Release, message: Gradient) -> Knowledge:
+        """The law's covariance at the size that the message differs by.
+
+        Args:
+            release: What was protected.
+            message: What is sent.
+
+        Returns:
+            The declaration.
+        """
+        std = norm(add(message, release.gradient, -1.0)).item() / max(release.size, 1) ** 0.5
+        shape = self.law.prepare(release)
+        if self.law.needs_jacobian and std > 0:
+            shape.draw(fresh_noise(release.device), std)  # a law in the range knows its factor after a draw
+        return shape.knowledge(std)
+
     def _protector(self, stream: NoiseStream, generator: torch.Generator | None) -> NoiseProtector:
         return NoiseProtector(self, stream, generator=generator)
 

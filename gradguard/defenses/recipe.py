@@ -9,9 +9,11 @@ import torch
 
 from gradguard.defenses.base import Defense
 from gradguard.defenses.protector import Protector
+from gradguard.defenses.release import Release
 from gradguard.defenses.stream import NoiseStream
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.vectors import Gradient
+from gradguard.threats.knowledge import Knowledge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,10 @@ class Recipe(Defense):
     def perturbation(self, gradient: Gradient, jacobian: InputJacobian | None = None, *, generator=None) -> Gradient:
         """That of what it is made of."""
         return self.made_of().perturbation(gradient, jacobian, generator=generator)
+
+    def knowledge(self, release: Release, message: Gradient) -> Knowledge:
+        """That of what it is made of."""
+        return self.made_of().knowledge(release, message)
 
     def _protector(self, stream: NoiseStream, generator: torch.Generator | None) -> Protector:
         return self.made_of()._protector(stream, generator)

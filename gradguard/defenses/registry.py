@@ -18,7 +18,7 @@ from typing import TypeVar
 from gradguard.defenses.base import Defense
 from gradguard.defenses.directional import PriorAwareNoise, PriorNoise, SmallEigenspaceNoise
 from gradguard.defenses.gaussian import GaussianNoise
-from gradguard.defenses.pruning import Pruning
+from gradguard.defenses.transforms import Pruning, Quantisation, RandomPruning, Sign, Soteria
 from gradguard.errors import InputError
 
 AnyDefense = TypeVar("AnyDefense", bound=type[Defense])
@@ -28,12 +28,13 @@ AnyDefense = TypeVar("AnyDefense", bound=type[Defense])
 class DefenseEntry:
     """A defense in the registry.
 
-    `name`: in options and tables, lower case. `defense`: the class. `strength`: the option that says how strong.
+    `name`: in options and tables, lower case. `defense`: the class. `strength`: the option that says how
+    strong; `None` where none takes any number in (0, 1) (signs, bits).
     """
 
     name: str
     defense: type[Defense]
-    strength: str
+    strength: str | None
 
     @property
     def summary(self) -> str:
@@ -41,7 +42,9 @@ class DefenseEntry:
         return (self.defense.__doc__ or "").strip().split("\n")[0]
 
     def make(self, strength: float) -> Defense:
-        """The defense at a strength."""
+        """The defense at a strength; one without takes its defaults."""
+        if self.strength is None:
+            return self.defense()
         return self.defense(**{self.strength: strength})
 
 
@@ -49,12 +52,12 @@ class DefenseEntry:
 DEFENSES: dict[str, DefenseEntry] = {}
 
 
-def register_defense(name: str, *, strength: str) -> Callable[[AnyDefense], AnyDefense]:
+def register_defense(name: str, *, strength: str | None) -> Callable[[AnyDefense], AnyDefense]:
     """A class decorator that adds a defense to `DEFENSES`.
 
     Args:
         name: a new name, lower case.
-        strength: the name of the class's option that says how strong it is.
+        strength: the name of the class's option that says how strong it is; `None` if no option takes shares.
 
     Returns:
         The decorator, which returns the class as it is.
@@ -66,7 +69,7 @@ def register_defense(name: str, *, strength: str) -> Callable[[AnyDefense], AnyD
     def register(defense: AnyDefense) -> AnyDefense:
         if not (isinstance(defense, type) and issubclass(defense, Defense)):
             raise InputError(f"Only subclasses of `Defense` can be registered, got {defense!r}.")
-        if strength not in {f.name for f in fields(defense)}:
+        if strength is not None and strength not in {f.name for f in fields(defense)}:
             raise InputError(f"{defense.__name__} has no option {strength!r}: name the one that is its strength.")
         other = DEFENSES.get(name)
         if other is not None and other.defense.__qualname__ != defense.__qualname__:
@@ -82,3 +85,7 @@ register_defense("prior", strength="noise_ratio")(PriorNoise)
 register_defense("prior-aware", strength="noise_ratio")(PriorAwareNoise)
 register_defense("small-eigenspace", strength="noise_ratio")(SmallEigenspaceNoise)
 register_defense("pruning", strength="fraction")(Pruning)
+register_defense("random-pruning", strength="fraction")(RandomPruning)
+register_defense("sign", strength=None)(Sign)
+register_defense("quantisation", strength=None)(Quantisation)
+register_defense("soteria", strength="fraction")(Soteria)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gradguard.attacks import Attack
+from gradguard.attacks.adaptive import adaptive_attacks
 from gradguard.evaluation.evidence import Evidence, Scores, measures_of, unproven
 from gradguard.evaluation.measurement import MAX_ITERATIONS, Measures, difference, measure, noise_ratio
 from gradguard.evaluation.scoring import guess_psnr, named, score_attack
@@ -22,6 +23,7 @@ from gradguard.functional.vectors import Gradient
 from gradguard.policy import Policy
 from gradguard.report import LabelScore, Verdict
 from gradguard.report.leakage_report import Decision
+from gradguard.threats.knowledge import Knowledge
 from gradguard.threats.model import ThreatModel
 
 
@@ -87,7 +89,9 @@ def judge(policy: Policy, evidence: Evidence) -> Judgement:
 class Judge:
     """Judges gradients sent in the place of one batch's true gradient: the same attacks, from the same starts.
 
-    Attacks on the bare gradient run once, when a verdict first needs them.
+    Beside the attacks it is given it runs those that the defense's declaration of a message calls for
+    (`gradguard.attacks.adaptive`): the score that counts is the best. Attacks on the bare gradient run once, when a
+    verdict first needs them.
 
     Args:
         jacobian: Of the batch.
@@ -96,6 +100,7 @@ class Judge:
         policy: What is asked of a gradient.
         threat: What the attacker knows.
         verify: Attack, too. `False` judges by the measures alone.
+        prior: What inputs look like to an attacker who knows declared noise, see `gradguard.attacks.adaptive.MAP`.
         max_iterations: Of the influence solver, see `measure`.
         generator: All randomness.
 
@@ -113,20 +118,29 @@ class Judge:
         threat: ThreatModel,
         verify: bool = True,
         max_iterations: int = MAX_ITERATIONS,
+        prior: Any = None,
         generator: torch.Generator | None = None,
     ) -> None:
         self.jacobian, self.true, self.policy = jacobian, true, policy
         threat.check_inputs(jacobian.inputs)
         self.threat = threat
         self.attacks = named(attacks) if verify else {}
-        self.max_iterations = max_iterations
+        self.max_iterations, self.prior = max_iterations, prior
         self.generator = generator
         # The same starts for every gradient: what differs is what is sent, not an attack's luck.
         self.seed = int(torch.randint(2**31, (), generator=generator))
         self._bare: tuple[list[int], Scores] | None = None
 
-    def __call__(self, sent: Gradient) -> Judgement:
-        """The judgement of `sent`; of the bare gradient itself if it is the very same."""
+    def __call__(self, sent: Gradient, knowledge: Knowledge | None = None) -> Judgement:
+        """The judgement of `sent`; of the bare gradient itself if it is the very same.
+
+        Args:
+            sent: The message.
+            knowledge: What the defense declares of it, in its units.
+
+        Returns:
+            The judgement.
+        """
         measures = measure(
             self.jacobian,
             difference(self.true, sent),
@@ -135,7 +149,7 @@ class Judge:
             generator=self.generator,
         )
         attacked = most_exposed(measures, self.threat)
-        scores = self.scores(sent, attacked)
+        scores = self.scores(sent, attacked, knowledge=knowledge)
         if sent is self.true or measures.noise_ratio == 0:
             self._bare = self._bare or (attacked, scores)
         judged = self._judged(measures, attacked, scores, Scores())
@@ -151,13 +165,39 @@ class Judge:
         return self._bare
 
     def scores(
-        self, sent: Gradient, attacked: Sequence[int], before: Callable[[str], None] = lambda name: None
+        self,
+        sent: Gradient,
+        attacked: Sequence[int],
+        before: Callable[[str], None] = lambda name: None,
+        knowledge: Knowledge | None = None,
     ) -> Scores:
-        """Every attack on one gradient. `before`: is told each attack's name before it runs."""
+        """Every attack on one gradient, and those that `knowledge` of it calls for.
+
+        Args:
+            sent: The message.
+            attacked: Indices of the examples.
+            before: Is told the name of each of the given attacks before it runs.
+            knowledge: What the defense declares of the message.
+
+        Returns:
+            The scores by the attacks' names.
+        """
         found = Scores()
-        for name, attack in self.attacks.items():
-            before(name)
-            score = score_attack(attack, self.jacobian, self.true, sent, attacked, threat=self.threat, seed=self.seed)
+        given = list(self.attacks.values())
+        adaptive = [] if knowledge is None else adaptive_attacks(knowledge, given, prior=self.prior)
+        for name, attack in (self.attacks | named(adaptive)).items():
+            if name in self.attacks:
+                before(name)
+            score = score_attack(
+                attack,
+                self.jacobian,
+                self.true,
+                sent,
+                attacked,
+                threat=self.threat,
+                seed=self.seed,
+                knowledge=knowledge,
+            )
             if isinstance(score, LabelScore):
                 found.labels[name] = score
             else:

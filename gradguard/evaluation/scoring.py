@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from gradguard.functional.structures import targets_of
 from gradguard.functional.vectors import Gradient
 from gradguard.leakage import count_labels, fidelity, label_recovery
 from gradguard.report import AttackScore, LabelScore
+from gradguard.threats.knowledge import Knowledge
 from gradguard.threats.model import ThreatModel
 
 
@@ -64,6 +66,7 @@ def score_attack(
     *,
     threat: ThreatModel,
     seed: int,
+    knowledge: Knowledge | None = None,
 ) -> AttackScore | LabelScore:
     """One attack on `sent`, scored against the batch that `jacobian` stands at.
 
@@ -76,6 +79,7 @@ def score_attack(
             know the others, together.
         threat: What the attacker knows.
         seed: Of the attack's starts.
+        knowledge: What the defense declares of `sent`.
 
     Returns:
         A score on inputs or on labels. An attack that cannot work here, or breaks, is an `AttackScore` with its
@@ -86,7 +90,7 @@ def score_attack(
         if not attack.recovers_inputs:
             return _score_labels(attack, jacobian, sent, threat, generator)
         groups = [[index] for index in attacked] if threat.others_known else [list(attacked)]
-        observations = [observe(jacobian, true, sent, group, threat=threat) for group in groups]
+        observations = [observe(jacobian, true, sent, group, threat=threat, knowledge=knowledge) for group in groups]
         results = [attack(observation, generator=generator) for observation in observations]
         if any(result.inputs is None for result in results):
             return AttackScore(failure="the attack returned no reconstruction")
@@ -112,7 +116,13 @@ def score_attack(
 
 
 def observe(
-    jacobian: InputJacobian, true: Gradient, sent: Gradient, group: Sequence[int], *, threat: ThreatModel
+    jacobian: InputJacobian,
+    true: Gradient,
+    sent: Gradient,
+    group: Sequence[int],
+    *,
+    threat: ThreatModel,
+    knowledge: Knowledge | None = None,
 ) -> Observation:
     """What an attacker sees who must find the examples in `group` and knows the rest of the batch.
 
@@ -122,6 +132,7 @@ def observe(
         sent: What is sent of it.
         group: Indices into the batch.
         threat: Whether the attacker has the labels, and the value range.
+        knowledge: What the defense declares of `sent`; the observation's is in the units of the examples' own gradient.
 
     Returns:
         The observation. Its gradient is `sent` less the others' share, in units of the group's own gradient: all of the
@@ -145,7 +156,39 @@ def observe(
         labels=targets if threat.labels_known else None,
         num_classes=classes,
         value_range=threat.value_range,
+        knowledge=None if knowledge is None else _of_examples(knowledge, jacobian.inputs, group, part.scale),
+        offset=None
+        if knowledge is None or len(group) == len(jacobian.inputs)
+        else {n: g / part.scale - part.own[n] for n, g in true.items() if n in sent},
     )
+
+
+def _of_examples(knowledge: Knowledge, inputs: Tensor, group: list[int], scale: float) -> Knowledge:
+    """What is known of the message of a batch, for some of its examples, whose own gradient has the weight `scale`.
+
+    What displacements of the other examples do to the message is not counted as noise, so that an attack trusts it more
+    than it should: it may do worse for that, never better than it could.
+
+    Args:
+        knowledge: Of the batch's message.
+        inputs: Of the whole batch.
+        group: The examples' indices.
+        scale: Their weight in the message.
+
+    Returns:
+        The declaration in the units of the examples' own gradient.
+    """
+    known = knowledge.scaled(1 / scale)
+    whole = knowledge.displacement
+    if whole is None or len(group) == len(inputs):
+        return known
+
+    def displacement(u: Tensor) -> Tensor:
+        rows = torch.zeros(len(inputs), *u.shape[1:], dtype=u.dtype, device=u.device)
+        rows[group] = u
+        return whole(rows)[group]
+
+    return replace(known, displacement=displacement)
 
 
 def guess_psnr(inputs: Tensor, attacked: Sequence[int], *, threat: ThreatModel) -> list[float]:

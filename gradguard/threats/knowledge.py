@@ -24,6 +24,10 @@ class Transform(Protocol):
 
     `name`: in tables ("clip", "sign"). `straight_through`: whether the derivative is to be taken as if the step were
     the identity (sign, rounding), since its own is zero almost everywhere.
+
+    A step may also have `nearest(gradient, sent) -> Gradient`: of all gradients that it takes to `sent`, the closest
+    one to `gradient`, differentiable. As a last step it is then matched by the distance from that set, which
+    is smooth and zero at the truth.
     """
 
     @property
@@ -43,6 +47,42 @@ class Transform(Protocol):
         Returns:
             The message, the same names and shapes.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class InOtherUnits:
+    """A step on gradients that are given times `factor`: `v -> factor T(v / factor)`."""
+
+    step: Transform
+    factor: float
+
+    @property
+    def name(self) -> str:
+        """The step's."""
+        return self.step.name
+
+    @property
+    def straight_through(self) -> bool:
+        """The step's."""
+        return self.step.straight_through
+
+    def __call__(self, gradient: Gradient) -> Gradient:
+        """The step in the other units."""
+        return self._times(self.step(self._times(gradient, 1 / self.factor)), self.factor)
+
+    @property
+    def nearest(self) -> Callable[[Gradient, Gradient], Gradient] | None:
+        """The step's, in the other units; `None` if it has none."""
+        nearest = getattr(self.step, "nearest", None)
+        if nearest is None:
+            return None
+        return lambda gradient, sent: self._times(
+            nearest(self._times(gradient, 1 / self.factor), self._times(sent, 1 / self.factor)), self.factor
+        )
+
+    @staticmethod
+    def _times(gradient: Gradient, factor: float) -> Gradient:
+        return {n: g * factor for n, g in gradient.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +136,26 @@ class Knowledge:
     def noisy(self) -> bool:
         """Whether anything secret was drawn."""
         return self.variance is not None or self.displacement is not None or self.random_model
+
+    def scaled(self, factor: float) -> Knowledge:
+        """What is known of the message times a number: of the same message in other units.
+
+        Args:
+            factor: not 0.
+
+        Returns:
+            The declaration for it. `scale` stays, since the gradient is in the new units too.
+        """
+        if factor == 1.0:
+            return self
+        variance = self.variance
+        if isinstance(variance, Mapping):
+            variance = {n: v * factor**2 for n, v in variance.items()}
+        elif variance is not None:
+            variance = variance * factor**2
+        noise = None if self.filter is None else replace(self.filter, std=self.filter.std * abs(factor))
+        steps = tuple(InOtherUnits(step=t, factor=factor) for t in self.transforms)
+        return replace(self, variance=variance, filter=noise, transforms=steps)
 
     def then(self, later: Knowledge) -> Knowledge:
         """What is known after a second step on the same message.

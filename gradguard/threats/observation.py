@@ -18,6 +18,7 @@ from gradguard.functional.local_training import LocalTraining
 from gradguard.functional.loss_gradient import LossGradient
 from gradguard.functional.structures import Rest, map_rest
 from gradguard.functional.vectors import Gradient
+from gradguard.threats.knowledge import Knowledge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,10 @@ class Observation:
         scale: The factor `c` in `sent = c g`, `g` the gradient of `loss_gradient`: another loss weight, a sum in the
             place of a mean, accumulated or clipped gradients, the learning rate of an update (negative). A number other
             than 0 is known to the attacker. `None` is unknown, and may have either sign.
+        knowledge: What the sender's defense declares of the message, in the units of `sent`. Attacks that are made to
+            (`gradguard.attacks.adaptive`) use it, others do not look at it.
+        offset: What the attacker took off the message: the gradient of the examples that it knows. Steps of the defense
+            that are not linear worked on the two together. `None`: nothing.
 
     Raises:
         InputError: A field is outside its range, or the sent gradient or the labels do not fit the model.
@@ -56,6 +61,8 @@ class Observation:
     value_range: tuple[float, float] | None = (0.0, 1.0)
     local: LocalTraining | None = None
     scale: float | None = 1.0
+    knowledge: Knowledge | None = field(default=None, repr=False)
+    offset: Gradient | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.loss_gradient, LossGradient):
@@ -70,6 +77,11 @@ class Observation:
         self._check_numbers()
         if self.local is not None and not isinstance(self.local, LocalTraining):
             raise InputError(f"`local` must be a `LocalTraining` or None, got {type(self.local).__name__}.")
+        if self.knowledge is not None and not isinstance(self.knowledge, Knowledge):
+            raise InputError(
+                f"`knowledge` must be a `Knowledge`, as `sent.knowledge` of a defense is, or None; got "
+                f"{type(self.knowledge).__name__}."
+            )
         self._check_label_tensor()
         self.loss_gradient.check_model()
         check_sent(self.sent, self.loss_gradient.parameters())
@@ -80,6 +92,7 @@ class Observation:
             self,
             loss_gradient=self.loss_gradient.with_dtype(dtype),
             sent={n: g.to(dtype) for n, g in self.sent.items()},
+            offset=None if self.offset is None else {n: g.to(dtype) for n, g in self.offset.items()},
         )
 
     @property
@@ -91,7 +104,10 @@ class Observation:
         """The same observation with a known factor divided out: `scale` is then 1, or `None` as before."""
         if self.scale is None or self.scale == 1.0:
             return self
-        return replace(self, sent={n: g / self.scale for n, g in self.sent.items()}, scale=1.0)
+        offset = None if self.offset is None else {n: g / self.scale for n, g in self.offset.items()}
+        known = None if self.knowledge is None else self.knowledge.scaled(1 / self.scale)
+        sent = {n: g / self.scale for n, g in self.sent.items()}
+        return replace(self, sent=sent, scale=1.0, knowledge=known, offset=offset)
 
     def gradient(self, parameters: Gradient, inputs: Tensor, targets: Tensor) -> Gradient:
         """What the client would have sent for other data, as a pure function of `parameters`, `inputs` and `targets`.

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from gradguard.attacks._labels.classification_head import observed_head
 from gradguard.attacks._labels.inference import infer_labels
-from gradguard.attacks._matching.distances import Distance, SquaredDistance
+from gradguard.attacks._matching.declared import weighed_variance
+from gradguard.attacks._matching.distances import Distance, MahalanobisDistance, SquaredDistance
 from gradguard.attacks._matching.lbfgs import LBFGS
 from gradguard.attacks._matching.levenberg_marquardt import levenberg_marquardt
 from gradguard.attacks._matching.penalties import Penalty
@@ -63,6 +64,9 @@ class MatchingAttack(Attack):
         least: on a CPU trials take each other's time).
     `chunk_size`: trials per gradient evaluation, a bound on memory. `dtype`: what the search computes in; the polish is
         in float64 (where the device has it).
+    `adaptive`: use what the observation's `knowledge` declares of the defense: elements and parameters that say nothing
+        are not matched, steps are taken with the trial gradients too, an unknown factor is solved for, noise of unequal
+        variance is weighed. `gradguard.attacks.adaptive` turns it on where there is something to use.
 
     `details`: `evaluations` of each trial at most, `trial_losses` (relative squared matching loss, infinite for trials
     that did not begin), `trial` (which was kept), `restarted` (trials that met nothing finite and started anew),
@@ -83,6 +87,12 @@ class MatchingAttack(Attack):
     at_once: int | None = None
     chunk_size: int | None = None
     dtype: torch.dtype = torch.float64
+    adaptive: bool = False
+
+    @property
+    def name(self) -> str:
+        """The attack's name in tables."""
+        return f"{type(self).__name__}, adaptive" if self.adaptive else type(self).__name__
 
     def __post_init__(self) -> None:
         check_whole(1, restarts=self.restarts)
@@ -156,7 +166,8 @@ class MatchingAttack(Attack):
                 f"{self.name} with unknown labels optimises class probabilities and needs `num_classes` in the "
                 "observation; give it, or the labels themselves."
             )
-        Trials([observation], distance=self.distance, penalties=self.penalties)  # refuses what does not fit the model
+        # Refuses what does not fit the model.
+        Trials([observation], distance=self.distance, penalties=self.penalties, adaptive=self.adaptive)
         if observation.labels is None and observation.loss_gradient.is_bound:
             raise InputError(
                 f"{self.name} needs the labels and the known inputs where inputs or targets are structures: give the "
@@ -249,10 +260,18 @@ class MatchingAttack(Attack):
             restarts=self.restarts,
             labels=labels,
             label_mode=mode,
-            distance=self.distance,
+            distance=self._distance_for(observations[0]),
             penalties=self.penalties,
             chunk_size=self.chunk_size,
+            adaptive=self.adaptive,
         )
+
+    def _distance_for(self, observation: Observation) -> Distance:
+        """The attack's own, or for noise that is declared to differ over elements, the one that weighs it."""
+        if not self.adaptive or not isinstance(self.distance, SquaredDistance):
+            return self.distance
+        variance = weighed_variance(observation)
+        return self.distance if variance is None else MahalanobisDistance(variance=variance)
 
     def labels_for(self, observation: Observation) -> Rest:
         """The labels that the trials are held to: the given ones, or those that the last layer gives away."""
@@ -270,7 +289,7 @@ class MatchingAttack(Attack):
             "restarted": run.restarted,
             "stopped": run.stopped,
         }
-        if self.polish:
+        if self.polish and (trials.declared is None or trials.declared.polishes):
             inputs, losses, details["polish_iterations"] = self._polished(trials, inputs, labels, losses)
         results = []
         for first in range(0, len(losses), self.restarts):
@@ -311,7 +330,9 @@ class MatchingAttack(Attack):
                 rows_of(labels, rows),
                 sent={n: g.to(dtype)[trials.picture[rows]] for n, g in trials.sent.items()},
                 groups=trials.picture[rows],
+                weights=None if trials.declared is None else trials.declared.weights(trials.picture[rows]),
                 iterations=self.polish,
+                adaptive=self.adaptive,
             )
             better = polished.values < losses[rows]
             inputs[rows] = rows_where(better, polished.points.reshape(inputs[rows].shape), inputs[rows])

@@ -41,28 +41,35 @@ def levenberg_marquardt(
     *,
     sent: Gradient | None = None,
     groups: Tensor | None = None,
+    weights: Tensor | None = None,
     iterations: int = 50,
     inner_iterations: int = 200,
     tolerance: float = 1e-13,
+    adaptive: bool = False,
 ) -> Minima:
     """Refine trials of an attack.
 
     `inputs`: `(T, B, *input_shape)`; `labels`: `(T, B, ...)`, kept. `sent`: `(T, *parameter_shape)` where trials are of
     different gradients than the observation's. `groups`: `(T,)`, which picture a trial is of: once a trial matches to
     rounding the others of its picture have lost and stay where they are. A trial ends when its step is below
-    `tolerance` relative to its inputs, or nothing is left to gain.
+    `tolerance` relative to its inputs, or nothing is left to gain. `weights`: `(T, P)` on the residual's elements, of
+    the parameters that are matched, for instance 0 for elements that were not sent. `adaptive`: see `Trials`.
     Returns points `(T, B D)` and values: the relative squared matching loss. For `T B D` inputs that are too many
     for a dense `J` the step is solved by at most `inner_iterations` of LSMR.
     """
-    trials = Trials([observation])
+    trials = Trials([observation], adaptive=adaptive)
     function, names, free = trials.function, list(trials.sent), trials.free_scale
     all_sent = flatten(trials.sent if sent is None else {n: sent[n] for n in names}, batch_dims=1)
     all_sent = all_sent.expand(len(inputs), -1)
+    all_weights = all_sent[:, :0] if weights is None else weights.to(all_sent)
+    all_sent = all_sent if weights is None else all_sent * all_weights
     all_groups = torch.arange(len(inputs), device=inputs.device) if groups is None else groups
 
-    def residual_at(x: Tensor, labels: Rest, sent: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def residual_at(x: Tensor, going: _Going) -> tuple[Tensor, Tensor, Tensor]:
         """`(c g(x) - sent) / |sent|`, the factor `c / |sent|`, and the direction of `g`, where `c` is free."""
-        own = flatten(trials.own(x.unflatten(1, shape), labels), batch_dims=1)
+        sent, scale = going.sent, going.scale
+        own = flatten(trials.own(x.unflatten(1, shape), going.labels), batch_dims=1)
+        own = own * going.weights if going.weights.shape[1] else own
         if not free:
             return (own - sent) / scale[:, None], 1 / scale, own[:, :0]
         length = _length(own).clamp_min(torch.finfo(own.dtype).tiny)
@@ -73,9 +80,14 @@ def levenberg_marquardt(
     shape = inputs.shape[1:]
     rows = torch.arange(len(inputs), device=inputs.device)
     going = _Going(
-        x=inputs.flatten(1).clone(), labels=labels, sent=all_sent, groups=all_groups, scale=_length(all_sent)
+        x=inputs.flatten(1).clone(),
+        labels=labels,
+        sent=all_sent,
+        groups=all_groups,
+        weights=all_weights,
+        scale=_length(all_sent),
     )
-    going.residual, going.factor, going.direction = residual_at(going.x, labels, going.sent, going.scale)
+    going.residual, going.factor, going.direction = residual_at(going.x, going)
     going.value = (going.residual * going.residual).sum(-1)
     going.growth = torch.full_like(going.value, 2.0)
     going.done = ~torch.isfinite(going.value)
@@ -83,7 +95,7 @@ def levenberg_marquardt(
     iteration = 0
     while iteration < iterations and len(rows):
         jacobian = sent_only(InputJacobian.of_trials(function, going.x.unflatten(1, shape), going.labels), names)
-        model = _LinearModel(jacobian, going.factor, going.direction)
+        model = _LinearModel(jacobian, going.factor, going.direction, going.weights)
         if iteration == 0:
             # In units of J J^T: the squared length of J^T along a random direction, the same for every trial. (No
             # constant one: networks that subtract their input's mean do not see it, and damping 0 never grows.)
@@ -94,7 +106,7 @@ def levenberg_marquardt(
         iteration += 1
         step = _step(model, going.residual, going.damping, inner_iterations)
         candidate = going.x + step
-        residual, factor, direction = residual_at(candidate, going.labels, going.sent, going.scale)
+        residual, factor, direction = residual_at(candidate, going)
         value = (residual * residual).sum(-1)
         better = torch.isfinite(value) & (value < going.value) & ~going.done
         predicted = going.value - _linear_value(model, going.residual, step)
@@ -124,7 +136,7 @@ class _Going:
 
     def __init__(self, **state: Rest) -> None:
         self.x, self.labels, self.sent = state["x"], state["labels"], state["sent"]
-        self.groups, self.scale = state["groups"], state["scale"]
+        self.groups, self.scale, self.weights = state["groups"], state["scale"], state["weights"]
         self.residual = self.value = self.damping = self.growth = self.done = state["scale"]
         self.factor = self.direction = state["scale"]
 
@@ -147,18 +159,20 @@ def _length(rows: Tensor) -> Tensor:
 
 
 class _LinearModel:
-    """How the residual of each trial moves with its inputs: `P J^T c / |sent|`.
+    """How the residual of each trial moves with its inputs: `P W J^T c / |sent|`, `W` the elements' weights.
 
     `factor`: `(T,)`, `c / |sent|`; `direction`: `(T, P)`, of the trial's own gradient, which `P` projects out since a
     free factor makes up for it, or `(T, 0)` where the factor is known.
     """
 
-    def __init__(self, jacobian: InputJacobian, factor: Tensor, direction: Tensor) -> None:
+    def __init__(self, jacobian: InputJacobian, factor: Tensor, direction: Tensor, weights: Tensor) -> None:
         self.jacobian, self.factor, self.direction = jacobian, factor[:, None], direction
+        if weights.shape[1]:
+            self.factor = self.factor * weights
         whole = jacobian.transpose_operator()
         self.operator = LinearOperator(
             lambda step: self._projected(self.factor * whole.matvec(step)),
-            lambda residual: self.factor * whole.rmatvec(self._projected(residual)),
+            lambda residual: whole.rmatvec(self.factor * self._projected(residual)),
             whole.shape,
             whole.like,
         )

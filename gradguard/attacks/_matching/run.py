@@ -30,6 +30,9 @@ CHECKPOINT_SECONDS = 10.0
 #: What a checkpoint holds beside the search's own state.
 STATE = ("points", "values", "rows", "waiting", "spent", "attempts")
 
+#: What an objective is brought down to where a polish cannot follow (steps of a defense that are not smooth).
+UNPOLISHED = 1e-12
+
 
 class MatchingRun:
     """A search under way: all trials' best points, and the state of those that are still going.
@@ -61,17 +64,23 @@ class MatchingRun:
         self.tick, self.restarted, self.stopped = 0, 0, "budget"
         self.checkpoint: Checkpoint | None = None
 
+    @property
+    def goal(self) -> float:
+        """An objective that counts as matched: the attack's, or less where no polish can follow."""
+        declared = self.trials.declared
+        return self.attack.target if declared is None or declared.polishes else min(self.attack.target, UNPOLISHED)
+
     def _default_at_once(self) -> int:
         """All, but where trials take each other's time, and a match spares a picture's others."""
         trials = self.trials
-        if self.points.device.type != "cpu" or self.attack.target <= 0:
+        if self.points.device.type != "cpu" or self.goal <= 0:
             return len(self.points)
         return max(len(self.points) // trials.restarts, FEWEST_AT_ONCE)
 
     def _search(self, rows: Tensor) -> Search:
         """The search of the trials `rows` from their starts."""
         project = self._box if self.attack.boxed and self.trials.value_range is not None else None
-        return self.attack.optimiser.search(self.points[rows], target=self.attack.target, project=project)
+        return self.attack.optimiser.search(self.points[rows], target=self.goal, project=project)
 
     def _start(self, count: int) -> Tensor:
         """`count` first points, label logits drawn after the inputs."""
@@ -138,7 +147,7 @@ class MatchingRun:
         """
         picture = self.trials.picture
         self._keep()
-        matched = torch.zeros_like(picture).index_add(0, picture, (self.values <= self.attack.target).long()) > 0
+        matched = torch.zeros_like(picture).index_add(0, picture, (self.values <= self.goal).long()) > 0
         self.waiting = self.waiting[~matched[picture[self.waiting]]]
         spent = self.spent[self.rows] >= limit
         over = self.state.ended | spent | matched[picture[self.rows]]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from gradguard.attacks._matching.distances import Distance, SquaredDistance
+from gradguard.attacks._matching.declared import Declared, matched_names
+from gradguard.attacks._matching.distances import Distance, MahalanobisDistance, SquaredDistance
 from gradguard.attacks._matching.penalties import Penalty
 from gradguard.errors import InputError
 from gradguard.functional.choice import way_of
@@ -36,7 +37,8 @@ class Trials:
 
     `observations`: under one model, of one shape, all of one kind. `restarts`: trials per observation.
     `labels`: `(N, B, ...)` to hold the trials to, or `None`: they are variables, as `label_mode` says.
-    `chunk_size`: trials at a time in a gradient; a bound on memory.
+    `chunk_size`: trials at a time in a gradient; a bound on memory. `adaptive`: use what the observations' `knowledge`
+        says of the message.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Trials:
         distance: Distance | None = None,
         penalties: Sequence[Penalty] = (),
         chunk_size: int | None = None,
+        adaptive: bool = False,
     ) -> None:
         first = observations[0]
         check_alike(observations)
@@ -61,11 +64,20 @@ class Trials:
         self.num_classes = first.num_classes or 0
         self.distance, self.penalties = distance or SquaredDistance(), tuple(penalties)
         self.chunk_size = chunk_size
-        known = {n: p for n, p in self.parameters.items() if n in first.sent}
+        names = matched_names(first) if adaptive else first.sent
+        known = {n: p for n, p in self.parameters.items() if n in names}
         self._sent_parameters = known
         self.sent = {n: torch.stack([o.sent[n] for o in observations]).to(p) for n, p in known.items()}
         #: Whether the factor of the sent gradient is unknown, and the best one is taken for each trial.
         self.free_scale = first.scale is None
+        #: How what is declared enters the distance; `None`: nothing is.
+        self.declared = Declared.of(observations, known) if adaptive else None
+        if self.declared is not None and self.declared.free_scale:
+            self.free_scale = True
+        #: What candidates are compared by.
+        self.comparison: Distance = (
+            self.distance if isinstance(self.distance, MahalanobisDistance) else SquaredDistance()
+        )
         #: Which picture each trial is of.
         self.picture = torch.arange(len(observations), device=self.function.device).repeat_interleave(restarts)
         self.distance.check(known)
@@ -142,13 +154,14 @@ class Trials:
     def matching_losses(self, inputs: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
         """`|c own - sent|^2 / |sent|^2` whatever the objective: `(R,)` for `inputs` `(R, B, *input_shape)`.
 
-        Over what was sent; `c` is 1, or the best factor where it is free.
+        Over what was sent; `c` is 1, or the best factor where it is free. For noise of a known law in Mahalanobis's
+        distance.
         """
         chunk = self.chunk_size or len(inputs)
         parts = [slice(first, first + chunk) for first in range(0, len(inputs), chunk)]
         with torch.no_grad():
             own = (self.own(inputs[part], rows_of(targets, part)) for part in parts)
-            return torch.cat([self._distance(SquaredDistance(), g, rows[p]) for g, p in zip(own, parts, strict=True)])
+            return torch.cat([self._distance(self.comparison, g, rows[p]) for g, p in zip(own, parts, strict=True)])
 
     def own(self, inputs: Tensor, targets: Tensor) -> Gradient:
         """The trials' gradients of the parameters that were sent: `(R, *parameter_shape)` each, detached."""
@@ -161,6 +174,8 @@ class Trials:
 
     def _distance(self, distance: Distance, own: Gradient, rows: Tensor) -> Tensor:
         sent = self._sent(rows)
+        if self.declared is not None:
+            own, sent = self.declared.pair(own, sent, self.picture[rows], free_scale=self.free_scale)
         return distance.scaled(own, sent) if self.free_scale else distance(own, sent)
 
     def _sent(self, rows: Tensor) -> Gradient:

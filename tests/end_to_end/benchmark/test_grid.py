@@ -53,7 +53,7 @@ def test_one_row_per_defense_in_order(convnet, cross_entropy, digits_batch, caps
     assert prior.cosine < 0.99
     for row in (gaussian, prior):
         assert row.predicted_error > 0
-        assert row.best_psnr == row.psnr["DLG"] < 40
+        assert row.psnr["DLG"] <= row.best_psnr == max(row.psnr.values()) < 40  # MAP knows the noise
     assert prior.best_psnr < gaussian.best_psnr
 
     monkeypatch.setenv("COLUMNS", "240")  # in a narrow terminal the headings wrap

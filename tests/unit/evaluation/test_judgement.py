@@ -253,7 +253,7 @@ def test_no_attack_of_one_class_overwrites_another(told, convnet, cross_entropy,
     attacks = (told(noisy=0.1), told(noisy="truth"))
     for order in (attacks, attacks[::-1]):
         report = Guard(defense=NOISE, attacks=order).audit(convnet, cross_entropy, *batch)
-        assert len(report.attacks) == 2
+        assert set(report.attacks) >= set(named(attacks))  # and what the noise calls for
         assert report.verdict.decision == "block"
         assert report.best_psnr("with") > 100
 

@@ -148,6 +148,8 @@ def test_an_observation_has_no_place_for_the_truth():
         "value_range",
         "local",
         "scale",
+        "knowledge",
+        "offset",
     }
 
 
