@@ -18,6 +18,7 @@ from gradguard.defenses.protector import Protector
 from gradguard.defenses.registry import DEFENSES, DefenseEntry, register_defense
 from gradguard.defenses.release import Release, Sent
 from gradguard.defenses.schedules import Fresh, Lambda, Schedule, SquareRoot, TwoBuffers
+from gradguard.defenses.separation import SeparatedSampler, check_separation
 from gradguard.defenses.stream import MessageNoise, NoiseStream, noise_key
 from gradguard.defenses.strengths import Epsilon, Floor, NoiseMultiplier, Ratio, Std, Strength
 from gradguard.defenses.transforms import Pruning, Quantisation, RandomPruning, Sign, Soteria, TopK
@@ -54,6 +55,7 @@ __all__ = [
     "Release",
     "Schedule",
     "Sent",
+    "SeparatedSampler",
     "Sign",
     "SmallEigenspaceNoise",
     "Soteria",
@@ -62,6 +64,7 @@ __all__ = [
     "Strength",
     "TopK",
     "TwoBuffers",
+    "check_separation",
     "claim",
     "noise_key",
     "randn",

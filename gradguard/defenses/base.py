@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -94,16 +95,17 @@ class Defense(ABC):
         self,
         key: bytes | None = None,
         *,
-        run: bytes = b"",
+        run: bytes | None = None,
         secure: bool = False,
         generator: torch.Generator | None = None,
     ) -> Protector:
         """This defense at work on the messages of one sender, one after the other.
 
         Args:
-            key: of the secret noise, 32 bytes (default: new ones from the operating system). With the same key, `run`
-                and state a stream goes on after an interruption.
-            run: a public label of the stream.
+            key: of the secret noise, 32 bytes (default: new ones from the operating system). With the same key and
+                its state a stream goes on after an interruption; without the state a new one begins, with other noise.
+            run: a public label of the stream. Default: a random one, which the state holds. A label of your own is your
+                word that it is used once: two streams of one key and one label have the same noise.
             secure: see `NoiseStream`: for an (epsilon, delta) claim.
             generator: a seeded generator in the place of the key, for tests and benchmarks; it warns.
 
@@ -117,7 +119,9 @@ class Defense(ABC):
             raise InputError("Give a `key` or a seeded `generator`, not both.")
         if generator is not None and self.random and not isinstance(generator, MessageNoise):
             warnings.warn(f"{self.name}: {SEEDED}", SeededNoiseWarning, stacklevel=2)
-        return self._protector(NoiseStream(key, run=run, secure=secure), generator)
+        return self._protector(
+            NoiseStream(key, run=secrets.token_bytes(16) if run is None else run, secure=secure), generator
+        )
 
     def knowledge(self, release: Release, message: Gradient) -> Knowledge:
         """What the receiver of `message` knows of how it was made, the secret numbers apart.

@@ -118,5 +118,8 @@ class ComposeProtector(Protector):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As `Protector.load_state_dict`, of every step."""
         super().load_state_dict(state)
+        for index, step in enumerate(self.steps):
+            step.stream = self.stream.part(str(index))
+            step._rebind()
         for step, own in zip(self.steps, state["steps"], strict=True):
             step.load_state_dict(own)

@@ -98,10 +98,14 @@ class NoiseProtector(Protector):
         super().__init__(defense, stream, generator=generator, uncovered=uncovered)
         self.noise = defense
         self.filter = defense.schedule.start(self.stream, generator)
+        #: The strength that a stream keeps, that of its first message; `None` before it, and where messages are apart.
+        self.held: float | None = None
 
     def _protect(self, release: Release) -> Sent:
         shape = self.noise.law.prepare(release)
-        std = self.noise.strength.std(release, shape)
+        std = self.noise.strength.std(release, shape) if self.held is None else self.held
+        if self.noise.schedule.stateful:
+            self.held = std  # noise of another size would not cancel what was added before
         white = std * self.filter.gain
         source = self.filter.source(release)
         delta = shape.draw(source, white)
@@ -124,12 +128,16 @@ class NoiseProtector(Protector):
 
     def state_dict(self) -> dict[str, Any]:
         """As `Protector.state_dict`, with the filter's memory."""
-        return super().state_dict() | {"filter": self.filter.state_dict()}
+        return super().state_dict() | {"filter": self.filter.state_dict(), "held": self.held}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As `Protector.load_state_dict`, with the filter's memory."""
         super().load_state_dict(state)
         self.filter.load_state_dict(state["filter"])
+        self.held = state["held"]
+
+    def _rebind(self) -> None:
+        self.filter = self.noise.schedule.start(self.stream, self.generator)
 
 
 def _declared(knowledge: Knowledge, protector: NoiseProtector, white: float) -> Knowledge:

@@ -79,24 +79,30 @@ class Protector:
             Plain types and tensors. The key stays with its owner (`Defense.start(key=...)`): without it a resumed
             training begins a new stream.
         """
-        return {"rounds": self.rounds, "next": self.stream.round, "stream": self.stream.fingerprint}
+        return {
+            "rounds": self.rounds,
+            "next": self.stream.round,
+            "run": self.stream.run.hex(),
+            "stream": self.stream.fingerprint,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken.
+        """Go on where `state` was taken. Only once: two that go on from one state would send the same noise.
 
         Args:
             state: of a protector of the same defense.
 
         Raises:
-            InputError: if it is of another stream: the memory of a filter belongs to its key.
+            InputError: if it is of another key: the memory of a filter belongs to its key.
         """
-        if state["stream"] != self.stream.fingerprint:
+        stream = self.stream.at(bytes.fromhex(state["run"]), int(state["next"]))
+        if state["stream"] != stream.fingerprint:
             raise InputError(
                 "The state is of another noise stream, so its filter cannot be continued. Start the defense with the "
-                "same `key` and `run`, or leave the state out: a new stream then begins."
+                "same `key`, or leave the state out: a new stream then begins."
             )
-        self.rounds = int(state["rounds"])
-        self.stream.skip_to(int(state["next"]))
+        self.rounds, self.stream = int(state["rounds"]), stream
+        self._rebind()
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -104,6 +110,9 @@ class Protector:
         """The work itself. Default: the defense's perturbation, drawn from the stream's next message."""
         source = self.generator if self.generator is not None else self.stream.message(device=release.device)
         return protected_once(self.defense, release, source, uncovered=self.uncovered)
+
+    def _rebind(self) -> None:
+        """`stream` is another one now. Default: nothing else holds it."""
 
     def _withdraw(self) -> None:
         """Undo what `_protect` did to the state over rounds. Default: there is none."""

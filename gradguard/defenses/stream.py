@@ -69,9 +69,23 @@ class NoiseStream:
         if start < 0:
             raise InputError(f"`start` must be at least 0, got {start}.")
         self.secure = secure
+        self._given = None if key is None else bytes(key)
         self._own = key is None
         self._set_key(secrets.token_bytes(KEY_BYTES) if key is None else bytes(key), run)
+        self.run = run
         self._next = start
+
+    def at(self, run: bytes, round: int) -> NoiseStream:
+        """The stream of the same key with another label, from a round on: what a resumed training goes on with.
+
+        Args:
+            run: the label that the state holds.
+            round: of the next message.
+
+        Returns:
+            A stream; without a key of the user's a new one, which is independent of all before it.
+        """
+        return NoiseStream(self._given, run=run, start=round, secure=self.secure)
 
     @property
     def round(self) -> int:
@@ -167,7 +181,7 @@ class NoiseStream:
         if not self._own:
             warnings.warn("A forked process does not go on with the noise stream of its parent's key.", stacklevel=3)
         self._set_key(secrets.token_bytes(KEY_BYTES))
-        self._own = True
+        self._given, self._own = None, True
 
     def __reduce__(self) -> tuple[Any, ...]:
         if not self._own:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gradguard.errors import UnsupportedModelError
 from gradguard.functional.layer_by_layer import LayerByLayer, NotLayered
+from gradguard.functional.layers import LAYERS
 from gradguard.functional.loss_gradient import LossGradient
 from gradguard.functional.problems import Batch, Problems
 from gradguard.functional.remembered import remembered
@@ -110,7 +111,7 @@ def suitability(function: LossGradient, inputs: Tensor, rest: Rest, *, batch: Ba
     if batch is not None:
         inputs, rest = batch.inputs, batch.rest
     shapes = tuple((n, t.dtype, t.shape[1:]) for n, t in rest.items()) if isinstance(rest, dict) else ()
-    question = ("suitability", inputs.shape[1:], shapes, function.known_inputs)
+    question = ("suitability", inputs.shape[1:], shapes, function.known_inputs, tuple(LAYERS.items()))
     return remembered(function, question, lambda: _find(function, inputs, rest))
 
 

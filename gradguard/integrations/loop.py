@@ -30,6 +30,7 @@ class ProtectedSteps:
         defense: Any; noise over rounds keeps its memory here.
         optimiser: Whose learning rate a stream goes by; `None`: it is constant.
         key: Of the secret noise, see `Defense.start`.
+        run: A public label of the stream, see `Defense.start`.
         train_mode: See `LossGradient`.
         generator: A seeded generator in the place of the key, for tests and benchmarks; it warns.
 
@@ -45,6 +46,7 @@ class ProtectedSteps:
         *,
         optimiser: torch.optim.Optimizer | None = None,
         key: bytes | None = None,
+        run: bytes | None = None,
         train_mode: TrainMode = "error",
         generator: torch.Generator | None = None,
     ) -> None:
@@ -52,7 +54,7 @@ class ProtectedSteps:
             raise InputError(f"`defense` must be a gradguard.defenses.Defense, got {type(defense).__name__}.")
         self.model, self.loss_fn, self.train_mode = model, loss_fn, train_mode
         self.optimiser = optimiser
-        self.protector = defense.start(key, generator=generator)
+        self.protector = defense.start(key, run=run, generator=generator)
 
     def __call__(self, inputs: Any = None, targets: Any = None, *, ids: Sequence[Hashable] | None = None) -> Sent:
         """Replace every `grad` by what is sent in its place.

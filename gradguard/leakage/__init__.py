@@ -8,6 +8,7 @@ from gradguard.leakage.influence import Influence, InfluenceBound, influence, in
 from gradguard.leakage.labels import LabelRecovery, count_labels, label_recovery
 from gradguard.leakage.rank import LayerRank, RankAnalysis, RankCheck, rank_analysis, rank_check
 from gradguard.leakage.spectrum import SpectralDensity, Spectrum, spectral_density, spectrum
+from gradguard.leakage.streams import effective_std, stream_floor, stream_precision
 
 __all__ = [
     "Advice",
@@ -26,6 +27,7 @@ __all__ = [
     "bayes_floor",
     "count_labels",
     "cramer_rao_floor",
+    "effective_std",
     "fidelity",
     "influence",
     "influence_lower_bound",
@@ -35,4 +37,6 @@ __all__ = [
     "rank_check",
     "spectral_density",
     "spectrum",
+    "stream_floor",
+    "stream_precision",
 ]

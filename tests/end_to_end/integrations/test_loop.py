@@ -49,11 +49,11 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been():
     runs = []
     for interrupted in (False, True):
         model, optimiser, batches = setting()
-        protect = ProtectedSteps(model, nn.CrossEntropyLoss(), GaussianNoise(std=0.1), key=KEY)
+        protect = ProtectedSteps(model, nn.CrossEntropyLoss(), GaussianNoise(std=0.1), key=KEY, run=b"a")
         for step, batch in enumerate(batches):
             if interrupted and step == 2:
                 state = protect.state_dict()
-                protect = ProtectedSteps(model, nn.CrossEntropyLoss(), GaussianNoise(std=0.1), key=KEY)
+                protect = ProtectedSteps(model, nn.CrossEntropyLoss(), GaussianNoise(std=0.1), key=KEY, run=b"a")
                 protect.load_state_dict(state)
             backward(model, optimiser, batch)
             protect()

@@ -27,7 +27,7 @@ def dense(column):
 
 
 def started(schedule, key=KEY):
-    return Noise(schedule=schedule, strength=Std(value=1.0)).start(key)
+    return Noise(schedule=schedule, strength=Std(value=1.0)).start(key, run=b"")
 
 
 def sent(protector, rate=None):
@@ -149,6 +149,13 @@ def test_a_stream_ends_where_it_was_made_to():
 def test_noise_that_changes_from_round_to_round_is_not_correlated():
     with pytest.raises(InputError, match="cannot be correlated"):
         Noise(law=PriorDirections(), schedule=SquareRoot(rounds=5, separation=5))
+
+
+def test_a_stream_keeps_the_strength_of_its_first_message():
+    protector = Noise(schedule=SCHEDULES[0], strength=Ratio(value=0.5)).start(KEY, run=b"")
+    small, large = ({"a": torch.full((4,), size, dtype=torch.float64)} for size in (1.0, 100.0))
+    stds = [protector.protect(Release(gradient)).cost["std"] for gradient in (small, large)]
+    assert stds[0] == stds[1]
 
 
 def test_a_single_call_cannot_draw_it():

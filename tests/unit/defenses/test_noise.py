@@ -58,14 +58,14 @@ def test_steps_keep_the_contract():
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 def test_no_strength_is_the_identity(law):
     given = release()
-    sent = Noise(law=law, strength=Std(value=0.0)).start(KEY).protect(given)
+    sent = Noise(law=law, strength=Std(value=0.0)).start(KEY, run=b"").protect(given)
     assert all(torch.equal(sent.message[n], g) for n, g in given.gradient.items())
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 def test_budgets_are_met_within_a_percent_in_the_mean(law):
     given = release()
-    protector = Noise(law=law, strength=Std(value=0.02)).start(KEY)
+    protector = Noise(law=law, strength=Std(value=0.02)).start(KEY, run=b"")
     sizes = torch.tensor([size(noise_of(protector.protect(given), given)) ** 2 for _ in range(200)])
     mean = (sizes.mean() / given.size).sqrt().item()
     # 200 draws of some 500 elements: the standard error of the mean is 0.2%.
@@ -75,7 +75,7 @@ def test_budgets_are_met_within_a_percent_in_the_mean(law):
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 def test_noise_has_no_bias(law):
     given = release()
-    protector = Noise(law=law, strength=Ratio(value=1.0)).start(KEY)
+    protector = Noise(law=law, strength=Ratio(value=1.0)).start(KEY, run=b"")
     count = 400
     noises = [noise_of(protector.protect(given), given) for _ in range(count)]
     mean = size({n: torch.stack([noise[n] for noise in noises]).mean(0) for n in given.gradient})
@@ -95,14 +95,14 @@ def test_noise_has_no_bias(law):
 )
 def test_a_recipe_is_its_parts(recipe, parts):
     given = release()
-    one, other = (defense.start(KEY).protect(given) for defense in (recipe, parts))
+    one, other = (defense.start(KEY, run=b"").protect(given) for defense in (recipe, parts))
     assert all(torch.equal(one.message[n], other.message[n]) for n in given.gradient)
 
 
 def test_a_displacement_is_declared_with_its_covariance():
     """`J^T d` of the declared covariance has the size of the noise that was sent."""
     given = release()
-    sent = PriorNoise(noise_ratio=0.5).start(KEY).protect(given)
+    sent = PriorNoise(noise_ratio=0.5).start(KEY, run=b"").protect(given)
     jacobian = given.jacobian
     count = jacobian.size
     eye = torch.eye(count, dtype=torch.float64).reshape(count, 1, *given.inputs.shape[1:])
@@ -115,16 +115,16 @@ def test_a_displacement_is_declared_with_its_covariance():
 
 def test_a_multiplier_needs_a_sensitivity():
     with pytest.raises(InputError, match="Clip first"):
-        Noise(strength=NoiseMultiplier(value=1.0)).start(KEY).protect(release())
+        Noise(strength=NoiseMultiplier(value=1.0)).start(KEY, run=b"").protect(release())
     given = Release({"a": torch.zeros(20_000, dtype=torch.float64)}, sensitivity=0.5)
-    sent = Noise(strength=NoiseMultiplier(value=2.0)).start(KEY).protect(given)
+    sent = Noise(strength=NoiseMultiplier(value=2.0)).start(KEY, run=b"").protect(given)
     assert sent.message["a"].std().item() == pytest.approx(1.0, rel=0.02)
 
 
 def test_steps_share_no_noise():
     given = release()
-    both = Compose(steps=(GaussianNoise(std=1.0), GaussianNoise(std=1.0))).start(KEY).protect(given)
-    single = GaussianNoise(std=1.0).start(KEY).protect(given)
+    both = Compose(steps=(GaussianNoise(std=1.0), GaussianNoise(std=1.0))).start(KEY, run=b"").protect(given)
+    single = GaussianNoise(std=1.0).start(KEY, run=b"").protect(given)
     one, two = noise_of(single, given), noise_of(both, given)
     assert size(two) / size(one) == pytest.approx(2**0.5, rel=0.1)
     assert both.knowledge.variance == pytest.approx(2.0)
@@ -132,20 +132,20 @@ def test_steps_share_no_noise():
 
 def test_what_is_withdrawn_is_not_drawn_again():
     given = release()
-    protector = GaussianNoise(std=1.0).start(KEY)
+    protector = GaussianNoise(std=1.0).start(KEY, run=b"")
     first = noise_of(protector.protect(given), given)
     protector.withdraw()
     assert protector.rounds == 0
     second = noise_of(protector.protect(given), given)
     assert not any(torch.equal(first[n], second[n]) for n in given.gradient)
-    fresh = GaussianNoise(std=1.0).start(KEY)
+    fresh = GaussianNoise(std=1.0).start(KEY, run=b"")
     with pytest.raises(InputError, match="nothing to withdraw"):
         fresh.withdraw()
 
 
 def test_a_step_that_fails_takes_the_others_back():
     given = release()
-    protector = Compose(steps=(GaussianNoise(std=1.0), Noise(strength=NoiseMultiplier(value=1.0)))).start(KEY)
+    protector = Compose(steps=(GaussianNoise(std=1.0), Noise(strength=NoiseMultiplier(value=1.0)))).start(KEY, run=b"")
     with pytest.raises(InputError, match="Clip first"):
         protector.protect(given)
     assert [step.rounds for step in protector.steps] == [0, 0]
@@ -153,12 +153,12 @@ def test_a_step_that_fails_takes_the_others_back():
 
 def test_a_stream_goes_on_with_its_key_and_only_with_it():
     given = release()
-    protector = GaussianNoise(std=1.0).start(KEY)
+    protector = GaussianNoise(std=1.0).start(KEY, run=b"")
     protector.protect(given)
     state = protector.state_dict()
     assert KEY not in repr(state).encode()
     expected = protector.protect(given).message
-    resumed = GaussianNoise(std=1.0).start(KEY)
+    resumed = GaussianNoise(std=1.0).start(KEY, run=b"")
     resumed.load_state_dict(state)
     found = resumed.protect(given).message
     assert all(torch.equal(found[n], m) for n, m in expected.items())
@@ -166,11 +166,33 @@ def test_a_stream_goes_on_with_its_key_and_only_with_it():
         GaussianNoise(std=1.0).start(b"j" * 32).load_state_dict(state)
 
 
+def test_a_second_start_with_the_same_key_has_other_noise():
+    given = release()
+    one, other = (GaussianNoise(std=1.0).start(KEY).protect(given).message for _ in range(2))
+    assert not any(torch.equal(one[n], other[n]) for n in one)
+    first = GaussianNoise(std=1.0).start(KEY)
+    first.protect(given)
+    resumed = GaussianNoise(std=1.0).start(KEY)
+    resumed.load_state_dict(first.state_dict())
+    expected, found = first.protect(given).message, resumed.protect(given).message
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
+
+
+def test_steps_go_on_too():
+    given = release()
+    defense = Compose(steps=(GaussianNoise(std=1.0), GaussianNoise(std=1.0)))
+    first, resumed = defense.start(KEY), defense.start(KEY)
+    first.protect(given)
+    resumed.load_state_dict(first.state_dict())
+    expected, found = first.protect(given).message, resumed.protect(given).message
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
+
+
 def test_a_release_without_its_batch_says_what_is_missing():
     bare = Release(release().gradient)
-    assert GaussianNoise(std=1.0).start(KEY).protect(bare).message.keys() == bare.gradient.keys()
+    assert GaussianNoise(std=1.0).start(KEY, run=b"").protect(bare).message.keys() == bare.gradient.keys()
     with pytest.raises(InputError, match="loss_gradient"):
-        PriorNoise().start(KEY).protect(bare)
+        PriorNoise().start(KEY, run=b"").protect(bare)
     with pytest.raises(InputError, match="needs its `gradient`"):
         Release()
     function, inputs, targets = batch(dense)
@@ -198,7 +220,7 @@ def test_a_defense_of_ones_own_starts_too():
             return {n: gg.defenses.randn(g.shape, g, generator, n) for n, g in gradient.items()}
 
     given = release()
-    sent = Mine().start(KEY).protect(given)
+    sent = Mine().start(KEY, run=b"").protect(given)
     assert sent.knowledge.noisy
     assert sent.cost["std"] == pytest.approx(1.0, rel=0.1)
 
@@ -216,6 +238,6 @@ def test_the_least_noise_that_holds_a_floor(wanted):
 def test_a_floor_that_no_noise_holds_is_refused():
     given = release()
     with pytest.raises(InputError, match="the prior alone"):
-        Noise(strength=Floor(psnr=5.0)).start(KEY).protect(given)
+        Noise(strength=Floor(psnr=5.0)).start(KEY, run=b"").protect(given)
     with pytest.raises(InputError, match="before it is drawn"):
-        Noise(law=PriorDirections(), strength=Floor(psnr=20.0)).start(KEY).protect(given)
+        Noise(law=PriorDirections(), strength=Floor(psnr=20.0)).start(KEY, run=b"").protect(given)

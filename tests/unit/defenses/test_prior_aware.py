@@ -51,7 +51,7 @@ def test_a_small_budget_leaves_most_directions_alone():
 
 def floor_of(defense, release):
     """The Bayes floor of what a defense declares, in dB."""
-    sent = defense.start(KEY).protect(release)
+    sent = defense.start(KEY, run=b"").protect(release)
     found = bayes_floor(release.jacobian, PowerLawPrior(), covariance=sent.knowledge.displacement)
     return found.psnr.item()
 
