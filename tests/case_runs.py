@@ -280,7 +280,9 @@ def audit(run: Run) -> None:
         unseen = errors[~seen]
         if not bool(((unseen == 0) | (unseen == float("inf"))).all()):
             raise Wrong(f"predicted error of examples that the gradient does not show: {unseen.tolist()}")
-    failures = [s.failure for scores in report.attacks.values() for s in scores.values() if s.failure]
+    found = [s.failure for scores in report.attacks.values() for s in scores.values() if s.failure]
+    # Attacks on declared noise are run beside the others; in a batch that is coupled they say that they cannot.
+    failures = [failure for failure in found if "keep apart" not in failure]
     if failures:
         raise InputError(failures[0])
 

@@ -66,7 +66,8 @@ class MAP(Attack):
         check_prior(self.prior)
 
     def check(self, observation: Observation) -> None:
-        """Noise must be declared."""
+        """Noise must be declared, and the examples be apart."""
+        _refuse_company(observation, "MAP")
         if observation.knowledge is None or observation.knowledge.variance is None:
             raise InputError(
                 "MAP weighs the message by its declared noise and there is none: give `Observation(knowledge=...)` "
@@ -152,7 +153,8 @@ class WienerFilter(Attack):
         return f"{self.attack.name}, Wiener filter"
 
     def check(self, observation: Observation) -> None:
-        """Noise must be declared, and the attack must be able to run."""
+        """Noise must be declared, the examples be apart, and the attack must be able to run."""
+        _refuse_company(observation, "The Wiener filter")
         known = observation.knowledge
         if known is None or (known.variance is None and known.displacement is None):
             raise InputError(
@@ -334,3 +336,11 @@ def check_prior(prior: Any) -> None:
     """Raises `InputError` for a prior without a square root."""
     if prior is not None and not hasattr(prior, "sqrt"):
         raise InputError(f"`prior` must have a method `sqrt`, as `PowerLawPrior` does; got {type(prior).__name__}.")
+
+
+def _refuse_company(observation: Observation, name: str) -> None:
+    if observation.loss_gradient.has_company:
+        raise InputError(
+            f"{name} takes examples that model and loss keep apart, and here the other examples of the batch move this "
+            "one's gradient. Use a plain matching attack, which takes the others as known."
+        )
