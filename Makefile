@@ -5,21 +5,27 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/make_readme.py,$(wildcard benchmarks/*.py))
 
+# A process per core, and a thread per process: the tests' models are too small to share among threads.
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 # Stamps: what is installed is installed again only when what it is made from changes.
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench clean
+.PHONY: help demo test test-fast lint format docs bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## attack a gradient, defend it, attack again; writes gradguard-report/
 	$(BIN)/gradguard demo
 
-test: lint ## the linters, then the tests on WORKERS processes (default 2)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+test: lint ## the linters, then all tests on WORKERS processes (default 2)
+	$(PYTEST)
+
+test-fast: $(INSTALLED_DEV) ## tests/unit alone: what a change is most likely to break, in about a minute
+	$(PYTEST) tests/unit
 
 lint: $(INSTALLED_DEV) ## ruff (rules and format), mypy, the layers
 	$(BIN)/ruff check .

@@ -38,7 +38,7 @@ def main() -> None:
             local=LocalTraining(steps=steps, learning_rate=rate),
         )
 
-    attack = DLG(restarts=2, evaluations=300, polish=0)
+    attack = DLG(restarts=1, evaluations=150, polish=0)
     generator = torch.Generator().manual_seed(0)
     rates = (0.02, 0.05, 0.1)
     knowing = attack(seen(RATE), generator=generator)

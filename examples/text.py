@@ -70,7 +70,7 @@ def main() -> None:
             labels=targets,
             value_range=None,
         )
-        attack = DLG(restarts=4, evaluations=400, polish=0)
+        attack = DLG(restarts=2, evaluations=150, polish=0)
         found = attack(seen, generator=torch.Generator().manual_seed(0)).inputs
         predicted = gg.leakage.influence(jacobian, delta).value.item()
         observed = centred(found - x).norm().item()

@@ -17,10 +17,14 @@ import numpy as np
 import pytest
 import torch
 
+from gradguard.attacks.registry import ATTACKS
+from gradguard.defenses.registry import DEFENSES
+from gradguard.functional.layers import LAYERS
+
 
 @contextlib.contextmanager
 def process_kept():
-    """Random states, torch's defaults, warnings, environment, paths and plots are afterwards as they were."""
+    """Random states, torch's defaults, warnings, environment, paths, plots, registries are afterwards as they were."""
     torch_random, numpy_random = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
     dtype, deterministic, threads = (
         torch.get_default_dtype(),
@@ -28,6 +32,7 @@ def process_kept():
         torch.get_num_threads(),
     )
     environment, arguments, path = dict(os.environ), list(sys.argv), list(sys.path)
+    registries = [(registry, dict(registry)) for registry in (ATTACKS, DEFENSES, LAYERS)]
     try:
         with warnings.catch_warnings(), mpl.rc_context():
             plt.switch_backend("Agg")
@@ -42,6 +47,9 @@ def process_kept():
         os.environ.clear()
         os.environ.update(environment)
         sys.argv[:], sys.path[:] = arguments, path
+        for registry, entries in registries:
+            registry.clear()
+            registry.update(entries)
 
 
 @pytest.fixture

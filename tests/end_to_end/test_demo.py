@@ -10,7 +10,7 @@ from gradguard.demo import Demo, summary
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    report = Demo(attacked=2).run(folder)
+    report = Demo(attacked=1).run(folder)
     return json.loads(json.dumps(summary(report), allow_nan=False)), folder
 
 

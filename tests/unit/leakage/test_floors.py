@@ -102,8 +102,9 @@ def test_cramer_rao_by_lanczos_is_the_dense_one(quick, kind):
     exact = cramer_rao_floor(quick.jacobian, variance).mse
     few = cramer_rao_floor(quick.jacobian, variance, method="lanczos", generator=seeded())
     assert ((few.mse - exact).abs() < 4 * few.standard_error).all()
-    many = cramer_rao_floor(quick.jacobian, variance, method="lanczos", probes=800, generator=seeded())
-    torch.testing.assert_close(many.mse, exact, rtol=0.02, atol=0)
+    # The error falls as one over the root of the probes: 200 are worth 4% here.
+    many = cramer_rao_floor(quick.jacobian, variance, method="lanczos", probes=200, generator=seeded())
+    torch.testing.assert_close(many.mse, exact, rtol=0.04, atol=0)
     assert ((many.mse - exact).abs() < 4 * many.standard_error).all()
     assert (many.undetermined == 0).all()
 

@@ -86,9 +86,9 @@ def test_a_trace_is_within_its_standard_errors():
     matrix, function = symmetric(SPECTRA["flat"]), FUNCTIONS["shrinkage"]
     exact = torch.diagonal(dense_function(matrix, function), dim1=1, dim2=2).sum(-1)
     operator = LinearOperator.from_matrix(matrix)
-    found = trace_of_function(operator, function, probes=800, steps=15, generator=seeded())
+    found = trace_of_function(operator, function, probes=200, steps=15, generator=seeded())
     assert ((found.value - exact).abs() < 4 * found.standard_error).all()
-    torch.testing.assert_close(found.value, exact, rtol=0.015, atol=0)  # four standard errors, of 0.37%
+    torch.testing.assert_close(found.value, exact, rtol=0.03, atol=0)  # four standard errors, of 0.74%
     assert trace_of_function(operator, function, probes=2, tolerance=1e-6).converged.all()
     runs = [trace_of_function(operator, function, steps=15, generator=seeded(s)) for s in range(30)]
     off = torch.stack([(run.value - exact) / run.standard_error for run in runs])

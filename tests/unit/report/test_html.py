@@ -280,6 +280,7 @@ def test_a_large_batch_is_folded(large: LeakageReport):
     assert "The most exposed classes" in words
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_unproven_verdict_is_an_instruction_not_to_send(report: LeakageReport):
     verdict = dataclasses.replace(report.verdict, decision="unproven", reasons=("no attack works",))
     page = render_html(dataclasses.replace(report, verdict=verdict))
@@ -288,7 +289,6 @@ def test_an_unproven_verdict_is_an_instruction_not_to_send(report: LeakageReport
     assert ".banner.unproven" in page
 
 
-def test_the_prediction_is_not_called_a_limit(report: LeakageReport):
-    page = render_html(report)
+def test_the_prediction_is_not_called_a_limit(page: str):
     assert "perfect attacker" not in page
     assert "One who also knows what pictures look like can come" in page

@@ -344,7 +344,7 @@ def test_an_attack_goes_through_the_steps(convnet, cross_entropy, batch):
     function, local = LossGradient(convnet, cross_entropy), LocalTraining(steps=3, learning_rate=0.5)
     sent = local.mean_gradient(function, x, y)
     seen = Observation(loss_gradient=function, sent=sent, input_shape=(1, 8, 8), labels=y, local=local)
-    attack = DLG(restarts=2, evaluations=200, polish=0)
+    attack = DLG(restarts=1, evaluations=200, polish=0)
     knowing = attack(seen, generator=gen())
     unaware = attack(replace(seen, local=None), generator=gen())
     assert psnr(knowing.inputs, x) > 50
@@ -400,7 +400,7 @@ def test_an_unknown_learning_rate_is_the_one_that_explains_the_update(convnet, c
         local = LocalTraining(steps=3, learning_rate=rate)
         sent = {n: u / (rate * 3) for n, u in update.items()}
         candidates.append(Observation(loss_gradient=function, sent=sent, input_shape=(1, 8, 8), labels=y, local=local))
-    found, which = attack_candidates(DLG(restarts=2, evaluations=150, polish=0), candidates, generator=gen())
+    found, which = attack_candidates(DLG(restarts=1, evaluations=150, polish=0), candidates, generator=gen())
     assert which == 1
     assert psnr(found.inputs, x) > 50
     with pytest.raises(InputError, match="no candidate"):
