@@ -24,7 +24,7 @@ demo: $(INSTALLED) ## attack a gradient, defend it, attack again; writes gradgua
 test: lint ## the linters, then all tests on WORKERS processes (default 2)
 	$(PYTEST)
 
-test-fast: $(INSTALLED_DEV) ## tests/unit alone: what a change is most likely to break, in about a minute
+test-fast: $(INSTALLED_DEV) ## tests/unit alone: what a change is most likely to break, in some two minutes
 	$(PYTEST) tests/unit
 
 lint: $(INSTALLED_DEV) ## ruff (rules and format), mypy, the layers
