@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from gradguard.cli.common import reports_errors
-from gradguard.cli.subject import DEFENSES, Subject, subject_options
+from gradguard.cli.subject import DEFENSE_NAMES, Subject, subject_options
+from gradguard.defenses import DEFENSES
 from gradguard.errors import ForeignMessageError, InputError, SeededNoiseWarning
 from gradguard.evaluation.datasets import in_memory
 from gradguard.evaluation.differences import compare
@@ -51,7 +52,7 @@ from gradguard.storage.files import load_gradient, load_weights, save_gradient
     type=click.Path(path_type=Path),
     help="With --proximal: its start, as safetensors (default: the model's weights; a gradient needs the file).",
 )
-@click.option("--declared", type=click.Choice(list(DEFENSES)), help="The file went through this defense already.")
+@click.option("--declared", type=click.Choice(DEFENSE_NAMES), help="The file went through this defense already.")
 @click.option("--declared-strength", type=float, default=0.5, show_default=True, help="Of that defense.")
 @click.option("--partial", is_flag=True, help="Parameters that the file lacks are not sent (default: an error).")
 @click.option(
@@ -110,7 +111,7 @@ def check(
             case.targets,
             gradient,
             training=training,
-            declared=DEFENSES[declared](declared_strength) if declared else None,
+            declared=DEFENSES[declared].make(declared_strength) if declared else None,
             missing="unsent" if partial else "error",
             foreign=max_unexplained,
             verify=not no_verify,

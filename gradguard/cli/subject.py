@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gradguard.attacks import DLG, IDLG, ILRG, RGAP, Attack, InvertingGradients
+from gradguard.attacks import ATTACKS
 from gradguard.cli.common import options
 from gradguard.cli.reading import (
     LOSSES,
@@ -24,7 +24,7 @@ from gradguard.cli.reading import (
     parse_range,
     parse_shape,
 )
-from gradguard.defenses import Defense, GaussianNoise, PriorNoise, Pruning, SmallEigenspaceNoise
+from gradguard.defenses import DEFENSES
 from gradguard.defenses.stream import SEEDED, fresh_noise
 from gradguard.errors import InputError
 from gradguard.evaluation.datasets import chunks, length
@@ -44,19 +44,9 @@ AS_TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
     "binary-cross-entropy": lambda labels: labels[:, None].to(torch.float32),
     "mse": lambda labels: labels[:, None].to(torch.float32),
 }
-ATTACKS: dict[str, Callable[[], Attack]] = {
-    "rgap": RGAP,
-    "dlg": DLG,
-    "idlg": IDLG,
-    "ig": InvertingGradients,
-    "ilrg": ILRG,
-}
-DEFENSES: dict[str, Callable[[float], Defense]] = {
-    "gaussian": lambda strength: GaussianNoise(noise_ratio=strength),
-    "prior": lambda strength: PriorNoise(noise_ratio=strength),
-    "small-eigenspace": lambda strength: SmallEigenspaceNoise(noise_ratio=strength),
-    "pruning": lambda strength: Pruning(fraction=strength),
-}
+#: Of the registries, those that the command line offers.
+ATTACK_NAMES = ("rgap", "dlg", "idlg", "ig", "ilrg")
+DEFENSE_NAMES = ("gaussian", "prior", "small-eigenspace", "pruning")
 
 
 subject_options = options(
@@ -99,7 +89,7 @@ subject_options = options(
         show_default=True,
         help="The first examples of the data (check: all of them, unless this is given).",
     ),
-    click.option("--defense", type=click.Choice(list(DEFENSES)), help="Perturb the gradient by this."),
+    click.option("--defense", type=click.Choice(DEFENSE_NAMES), help="Perturb the gradient by this."),
     click.option(
         "--strength",
         type=float,
@@ -110,7 +100,7 @@ subject_options = options(
     click.option(
         "--attack",
         "attack_names",
-        type=click.Choice(list(ATTACKS)),
+        type=click.Choice(ATTACK_NAMES),
         multiple=True,
         help="Attack with this; may be repeated (default: rgap, dlg, ilrg).",
     ),
@@ -211,8 +201,8 @@ class Subject:
             click.echo(f"gradguard: {SEEDED}", err=True)
         self.noise = fresh_noise(place) if noise_seed is None else torch.Generator().manual_seed(noise_seed)
         self.guard = Guard(
-            defense=DEFENSES[defense](strength) if defense else None,
-            attacks=[ATTACKS[n]() for n in attack_names] or None,
+            defense=DEFENSES[defense].make(strength) if defense else None,
+            attacks=[ATTACKS[n].make() for n in attack_names] or None,
             policy=Policy(
                 minimum_predicted_error=min_error,
                 maximum_attacked_psnr=max_psnr,

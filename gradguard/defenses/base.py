@@ -80,16 +80,8 @@ class Defense(ABC):
         Raises:
             InputError: The gradient is not finite, or the Jacobian is missing.
         """
-        check_gradient(gradient, gradient)
-        if self.needs_jacobian and jacobian is None:
-            raise InputError(
-                f"{self.name} depends on how the gradient changes with the inputs: pass "
-                "`jacobian=InputJacobian(LossGradient(model, loss_fn), inputs, targets)`."
-            )
-        if generator is None:
-            # Also for a subclass that hands `generator` to PyTorch, where `None` means the global generator.
-            generator = fresh_noise(next((g.device for g in gradient.values()), "cpu"))
-        return self.perturbation(gradient, jacobian, generator=generator)
+        source = self._checked_source(gradient, jacobian, generator)
+        return self.perturbation(gradient, jacobian, generator=source)
 
     def start(
         self,
@@ -140,6 +132,21 @@ class Defense(ABC):
             return Knowledge(variance={n: (message[n] - g).square().mean() for n, g in release.gradient.items()})
         zeroed = any(bool(((message[n] == 0) & (g != 0)).any()) for n, g in release.gradient.items())
         return Knowledge(mask={n: m != 0 for n, m in message.items()} if zeroed else None)
+
+    def _checked_source(
+        self, gradient: Gradient, jacobian: InputJacobian | None, generator: torch.Generator | None
+    ) -> torch.Generator:
+        """Where to draw from, after refusing a gradient that is not finite and a Jacobian that is missing."""
+        check_gradient(gradient, gradient)
+        if self.needs_jacobian and jacobian is None:
+            raise InputError(
+                f"{self.name} depends on how the gradient changes with the inputs: pass "
+                "`jacobian=InputJacobian(LossGradient(model, loss_fn), inputs, targets)`."
+            )
+        if generator is not None:
+            return generator
+        # Also for a subclass that hands `generator` to PyTorch, where `None` means the global generator.
+        return fresh_noise(next((g.device for g in gradient.values()), "cpu"))
 
     def _protector(self, stream: NoiseStream, generator: torch.Generator | None) -> Protector:
         """The running thing; a defense with a state over rounds returns a subclass."""

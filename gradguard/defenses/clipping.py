@@ -109,12 +109,9 @@ class ClippingProtector(Protector):
 
     defense: ClipPerExample
 
-    def __init__(
-        self, defense: ClipPerExample, stream: NoiseStream | None = None, *, generator: torch.Generator | None = None
-    ) -> None:
-        super().__init__(defense, stream, generator=generator)
+    def _begin(self) -> None:
         #: What the next message's examples are clipped to.
-        self.max_norm = self._before = defense.max_norm
+        self.max_norm = self._before = self.defense.max_norm
 
     def _protect(self, release: Release) -> Sent:
         sent, below = clipped(self.defense, release, self.max_norm)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from gradguard.defenses.base import Defense
-from gradguard.defenses.coverage import Uncovered
 from gradguard.defenses.protector import Protector
 from gradguard.defenses.release import Release, Sent
 from gradguard.defenses.stream import NoiseStream
@@ -68,18 +67,13 @@ class Compose(Defense):
 class ComposeProtector(Protector):
     """`Compose` at work: one protector for each step, their streams being independent."""
 
-    def __init__(
-        self,
-        defense: Compose,
-        stream: NoiseStream | None = None,
-        *,
-        generator: torch.Generator | None = None,
-        uncovered: Uncovered = "noise",
-    ) -> None:
-        super().__init__(defense, stream, generator=generator, uncovered=uncovered)
+    defense: Compose
+
+    def _begin(self) -> None:
         # One stream for each step: two that draw from one would use one address twice, or share a counter of rounds.
         self.steps = [
-            step._protector(self.stream.part(str(index)), generator) for index, step in enumerate(defense.steps)
+            step._protector(self.stream.part(str(index)), self.generator)
+            for index, step in enumerate(self.defense.steps)
         ]
 
     def _protect(self, release: Release) -> Sent:
@@ -118,8 +112,5 @@ class ComposeProtector(Protector):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As `Protector.load_state_dict`, of every step."""
         super().load_state_dict(state)
-        for index, step in enumerate(self.steps):
-            step.stream = self.stream.part(str(index))
-            step._rebind()
         for step, own in zip(self.steps, state["steps"], strict=True):
             step.load_state_dict(own)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gradguard.defenses.noise import Noise
 from gradguard.defenses.recipe import Recipe
 from gradguard.defenses.schedules.correlated import Correlated, TwoBuffers
-from gradguard.defenses.strengths import Ratio, Std, require_positive
+from gradguard.defenses.strengths import one_strength
 from gradguard.errors import InputError
 from gradguard.threats.knowledge import Unit
 
@@ -38,9 +38,7 @@ class CorrelatedNoise(Recipe):
     schedule: Correlated | None = None
 
     def __post_init__(self) -> None:
-        if (self.noise_ratio is None) == (self.std is None):
-            raise InputError(f"Give exactly one of `std` and `noise_ratio`, got {self.std} and {self.noise_ratio}.")
-        require_positive(**({"std": self.std} if self.std is not None else {"noise_ratio": self.noise_ratio or 0.0}))
+        one_strength(noise_ratio=self.noise_ratio, std=self.std)
         described = self.rounds is not None and self.separation is not None
         if described == (self.schedule is not None):
             raise InputError(
@@ -56,5 +54,4 @@ class CorrelatedNoise(Recipe):
             assert self.rounds is not None
             assert self.separation is not None
             schedule = TwoBuffers(rounds=self.rounds, separation=self.separation, unit=self.unit)
-        strength = Std(value=self.std) if self.std is not None else Ratio(value=self.noise_ratio or 0.0)
-        return Noise(schedule=schedule, strength=strength)
+        return Noise(schedule=schedule, strength=one_strength(noise_ratio=self.noise_ratio, std=self.std))

@@ -55,7 +55,20 @@ class _OwnDisplacement(InRange):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmallEigenspaceNoise(DirectionalNoise):
+class _NamedLaw(DirectionalNoise):
+    """Of a law that has a name: its displacement, the other way round."""
+
+    @abstractmethod
+    def law(self) -> InRange:
+        """The law of `d`."""
+
+    def displacement(self, jacobian: InputJacobian, generator: torch.Generator | None) -> Tensor:
+        """The law's, at the strength that `J^T d` has the norm 1."""
+        return self.law().displacement(jacobian, fresh_noise() if generator is None else generator, 1.0).value
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallEigenspaceNoise(_NamedLaw):
     """Noise along the eigenvectors of `J J^T` with the smallest eigenvalues (Zhang et al. 2023, section 5).
 
     The most predicted error per unit of `|delta|`. Small inputs: Gaussian in the `fraction` of eigenvectors with the
@@ -83,13 +96,9 @@ class SmallEigenspaceNoise(DirectionalNoise):
         """The subspace."""
         return SmallEigenspace(fraction=self.fraction, leading=self.leading)
 
-    def displacement(self, jacobian: InputJacobian, generator: torch.Generator | None) -> Tensor:
-        """Gaussian in the small-eigenvalue subspace of each example."""
-        return _value(self.law(), jacobian, generator)
-
 
 @dataclass(frozen=True, kw_only=True)
-class PriorNoise(DirectionalNoise):
+class PriorNoise(_NamedLaw):
     """`d ~ N(0, C)` with `C` a prior of what inputs look like: the reconstruction moves by another picture's worth.
 
     An attacker cannot tell such an error from a different picture, so no filter takes it out. One pass.
@@ -105,13 +114,9 @@ class PriorNoise(DirectionalNoise):
         """The prior's."""
         return PriorDirections(prior=self.prior)
 
-    def displacement(self, jacobian: InputJacobian, generator: torch.Generator | None) -> Tensor:
-        """A draw of the prior for each example."""
-        return _value(self.law(), jacobian, generator)
-
 
 @dataclass(frozen=True, kw_only=True)
-class PriorAwareNoise(DirectionalNoise):
+class PriorAwareNoise(_NamedLaw):
     """Noise where inputs have energy and the gradient shows little of them (see `laws.PriorAware`).
 
     Of all noise in the range of `J^T` of the same norm it leaves an attacker who knows the prior and the defense the
@@ -136,11 +141,3 @@ class PriorAwareNoise(DirectionalNoise):
     def law(self) -> PriorAware:
         """Reverse water-filling."""
         return PriorAware(prior=self.prior, steps=self.steps)
-
-    def displacement(self, jacobian: InputJacobian, generator: torch.Generator | None) -> Tensor:
-        """`d` at the strength that `J^T d` has the norm 1."""
-        return _value(self.law(), jacobian, generator)
-
-
-def _value(law: InRange, jacobian: InputJacobian, generator: torch.Generator | None) -> Tensor:
-    return law.displacement(jacobian, fresh_noise() if generator is None else generator, 1.0).value

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from gradguard.defenses.noise import Noise
 from gradguard.defenses.recipe import Recipe
-from gradguard.defenses.strengths import Ratio, Std, require_positive
-from gradguard.errors import InputError
+from gradguard.defenses.strengths import one_strength
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +27,8 @@ class GaussianNoise(Recipe):
     std: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.noise_ratio is None) == (self.std is None):
-            raise InputError(f"Give exactly one of `noise_ratio` and `std`, got {self.noise_ratio} and {self.std}.")
-        require_positive(**({"std": self.std} if self.std is not None else {"noise_ratio": self.noise_ratio or 0.0}))
+        self.made_of()
 
     def made_of(self) -> Noise:
         """Independent noise on each element, new for every message."""
-        if self.std is not None:
-            return Noise(strength=Std(value=self.std))
-        return Noise(strength=Ratio(value=self.noise_ratio or 0.0))
+        return Noise(strength=one_strength(noise_ratio=self.noise_ratio, std=self.std))

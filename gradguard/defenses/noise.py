@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gradguard.defenses.base import Defense
-from gradguard.defenses.coverage import Covered, Uncovered, cover_message
+from gradguard.defenses.coverage import Covered, cover_message
 from gradguard.defenses.laws import Isotropic, Law
 from gradguard.defenses.protector import Protector
 from gradguard.defenses.release import Release, Sent
@@ -87,24 +87,17 @@ class Noise(Defense):
 class NoiseProtector(Protector):
     """`Noise` at work: the schedule's filter, and the noise of message after message."""
 
-    def __init__(
-        self,
-        defense: Noise,
-        stream: NoiseStream | None = None,
-        *,
-        generator: torch.Generator | None = None,
-        uncovered: Uncovered = "noise",
-    ) -> None:
-        super().__init__(defense, stream, generator=generator, uncovered=uncovered)
-        self.noise = defense
-        self.filter = defense.schedule.start(self.stream, generator)
+    defense: Noise
+
+    def _begin(self) -> None:
+        self.filter = self.defense.schedule.start(self.stream, self.generator)
         #: The strength that a stream keeps, that of its first message; `None` before it, and where messages are apart.
         self.held: float | None = None
 
     def _protect(self, release: Release) -> Sent:
-        shape = self.noise.law.prepare(release)
-        std = self.noise.strength.std(release, shape) if self.held is None else self.held
-        if self.noise.schedule.stateful:
+        shape = self.defense.law.prepare(release)
+        std = self.defense.strength.std(release, shape) if self.held is None else self.held
+        if self.defense.schedule.stateful:
             self.held = std  # noise of another size would not cancel what was added before
         white = std * self.filter.gain
         source = self.filter.source(release)
@@ -113,8 +106,8 @@ class NoiseProtector(Protector):
         knowledge = shape.knowledge(shown) if std > 0 else shape.knowledge(0.0)
         length = norm(delta).item()
         covered = Covered(message=add(release.gradient, delta))
-        if std > 0 and not self.noise.law.covers:
-            covered = cover_message(self.noise, release.gradient, covered.message, self.uncovered, source)
+        if std > 0 and not self.defense.law.covers:
+            covered = cover_message(self.defense, release.gradient, covered.message, self.uncovered, source)
         return Sent(
             message=covered.message,
             bare=covered.bare,
@@ -135,9 +128,6 @@ class NoiseProtector(Protector):
         super().load_state_dict(state)
         self.filter.load_state_dict(state["filter"])
         self.held = state["held"]
-
-    def _rebind(self) -> None:
-        self.filter = self.noise.schedule.start(self.stream, self.generator)
 
 
 def _declared(knowledge: Knowledge, protector: NoiseProtector, white: float) -> Knowledge:

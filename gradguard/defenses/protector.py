@@ -43,6 +43,7 @@ class Protector:
         self.generator = generator
         #: Messages that were protected and not withdrawn.
         self.rounds = 0
+        self._begin()
 
     @property
     def secret(self) -> bool:
@@ -102,7 +103,7 @@ class Protector:
                 "same `key`, or leave the state out: a new stream then begins."
             )
         self.rounds, self.stream = int(state["rounds"]), stream
-        self._rebind()
+        self._begin()
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -111,8 +112,8 @@ class Protector:
         source = self.generator if self.generator is not None else self.stream.message(device=release.device)
         return protected_once(self.defense, release, source, uncovered=self.uncovered)
 
-    def _rebind(self) -> None:
-        """`stream` is another one now. Default: nothing else holds it."""
+    def _begin(self) -> None:
+        """Make what hangs on `stream`, at its beginning: called for each stream, new or resumed. Default: nothing."""
 
     def _withdraw(self) -> None:
         """Undo what `_protect` did to the state over rounds. Default: there is none."""

@@ -136,11 +136,6 @@ class Release:
         """Of the batch's gradient by each example, per example."""
         return InputJacobian(self._model("how its gradient depends on the inputs"), self.inputs, self.targets)
 
-    @cached_property
-    def has_batch(self) -> bool:
-        """Whether model, loss and batch are there."""
-        return self.loss_gradient is not None and self.inputs is not None
-
     def _model(self, what: str) -> LossGradient:
         if self.loss_gradient is None or self.inputs is None:
             raise InputError(

@@ -16,6 +16,7 @@ import secrets
 import stat
 import struct
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ SEEDED = (
     "the noise comes from a seed: whoever knows the seed, or tries them all, can subtract it from what is sent. A seed "
     "is for tests and benchmarks; leave it out and the noise is secret."
 )
+
+
+#: `(name, shape, draw)` to the noise of an address within one message: float64 on the CPU.
+Numbers = Callable[[str, "tuple[int, ...] | torch.Size", int], Tensor]
 
 
 class NoiseStream:
@@ -198,14 +203,26 @@ class MessageNoise(torch.Generator):
     gradguard's defenses draw by the tensor's name, from the key stream (`normal`). `torch.randn(..., generator=)` draws
     from PyTorch's generator in a state taken from the key stream: secret, but no longer once an attacker knows some
     hundred numbers of it. Use `gradguard.defenses.randn` in a defense of your own.
+
+    Args:
+        stream: that it belongs to.
+        round: of the message in it.
+        device: of the gradient.
+        numbers: `(name, shape, draw)` to the standard normal noise of an address, for noise that hangs together over
+            messages. Default: the stream's own at this round.
     """
 
-    def __new__(cls, stream: NoiseStream, round: int, device: torch.device | str = "cpu") -> MessageNoise:  # noqa: D102
+    def __new__(  # noqa: D102
+        cls, stream: NoiseStream, round: int, device: torch.device | str = "cpu", numbers: Numbers | None = None
+    ) -> MessageNoise:
         return super().__new__(cls, device)  # type: ignore[call-arg]
 
-    def __init__(self, stream: NoiseStream, round: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, stream: NoiseStream, round: int, device: torch.device | str = "cpu", numbers: Numbers | None = None
+    ) -> None:
         self.round = round
         self._stream = stream
+        self._numbers = numbers
         self._draws: dict[str, int] = {}
         words = stream._hash(struct.pack("<4sQ", b"torc", round), 64)
         if torch.device(device).type == "cpu":
@@ -221,6 +238,8 @@ class MessageNoise(torch.Generator):
         """Standard normal noise of the tensor `name`, other numbers at each call. Float64 on the CPU."""
         draw = self._draws.get(name, 0)
         self._draws[name] = draw + 1
+        if self._numbers is not None:
+            return self._numbers(name, shape, draw)
         return self._stream.normal(self.round, name, shape, draw=draw)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -92,6 +92,28 @@ class Ratio(Strength):
         return self.value * release.norm / max(release.size, 1) ** 0.5
 
 
+def one_strength(*, noise_ratio: float | None, std: float | None) -> Strength:
+    """The strength of a recipe that takes either of two.
+
+    Args:
+        noise_ratio: As in `Ratio`, positive; or
+        std: as in `Std`, positive.
+
+    Returns:
+        The strength.
+
+    Raises:
+        InputError: If not exactly one is given, or it is not positive and finite.
+    """
+    if std is None and noise_ratio is not None:
+        require_positive(noise_ratio=noise_ratio)
+        return Ratio(value=noise_ratio)
+    if std is not None and noise_ratio is None:
+        require_positive(std=std)
+        return Std(value=std)
+    raise InputError(f"Give exactly one of `noise_ratio` and `std`, got {noise_ratio} and {std}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class NoiseMultiplier(Strength):
     """Noise relative to the sensitivity: what one example can change the message by (clip over batch size).

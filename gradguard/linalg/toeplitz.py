@@ -31,8 +31,7 @@ def square_root(rounds: int) -> Column:
     Returns:
         Shape `(rounds,)`.
     """
-    k = np.arange(1, rounds)
-    return np.concatenate([[1.0], np.cumprod((2 * k - 1) / (2 * k))])
+    return _power(-1, rounds)
 
 
 def inverse_square_root(bands: int) -> Column:
@@ -44,8 +43,13 @@ def inverse_square_root(bands: int) -> Column:
     Returns:
         Shape `(bands,)`.
     """
-    k = np.arange(1, bands)
-    return np.concatenate([[1.0], np.cumprod((2 * k - 3) / (2 * k))])
+    return _power(1, bands)
+
+
+def _power(halves: int, count: int) -> Column:
+    """The first coefficients of `(1 - z)^(halves / 2)`."""
+    k = np.arange(1, count)
+    return np.concatenate([[1.0], np.cumprod((2 * k - 2 - halves) / (2 * k))])
 
 
 def buffered(theta: Sequence[float] | Column, omega: Sequence[float] | Column, rounds: int) -> Column:

@@ -39,7 +39,7 @@ def check_layer(module: nn.Module, shape: tuple[int, ...]) -> None:
     for count in (1, 3):
         for dtype in (torch.float64, torch.float32):
             model = _around(module, shape, takes_indices).to(dtype).eval()
-            _check_products(model, shape, takes_indices, count)
+            _check_products(model, shape, count)
 
 
 class _Indexed(nn.Module):
@@ -66,7 +66,7 @@ def _around(module: nn.Module, shape: tuple[int, ...], takes_indices: bool) -> n
         return nn.Sequential(nn.Softplus(), inner, nn.Tanh(), nn.Flatten(), head)
 
 
-def _check_products(model: nn.Sequential, shape: tuple[int, ...], takes_indices: bool, count: int) -> None:
+def _check_products(model: nn.Sequential, shape: tuple[int, ...], count: int) -> None:
     kind = type(model[1]).__name__
     dtype = next(model.parameters()).dtype
     generator = torch.Generator().manual_seed(count)

@@ -51,8 +51,6 @@ class Law(ABC):
     #: Whether the map is the same in every round, so that noise may be correlated over rounds. Where it is not, the
     #: next message's noise would show this one's outside of its own range.
     fixed: ClassVar[bool] = False
-    #: Whether the numbers are drawn for the examples ("inputs") and not for the parameters: permanent noise needs it.
-    by_example: ClassVar[bool] = False
     #: Whether it reaches every element of every message.
     covers: ClassVar[bool] = False
     #: Whether it has to know how the gradient depends on the inputs.

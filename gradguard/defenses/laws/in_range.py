@@ -50,11 +50,14 @@ class InRange(Law):
     """
 
     needs_jacobian: ClassVar[bool] = True
-    by_example: ClassVar[bool] = True
 
     def prepare(self, release: Release) -> Shape:
         """The Jacobian of the release's batch."""
         return _InRange(self, release)
+
+    def _require_per_example(self, jacobian: InputJacobian) -> None:
+        if not jacobian.per_example:
+            raise InputError(f"{self.name} works per example: pass an `InputJacobian(..., per_example=True)`.")
 
     @abstractmethod
     def displacement(self, jacobian: InputJacobian, source: torch.Generator, size: float) -> Displacement:
@@ -151,8 +154,7 @@ class SmallEigenspace(InRange):
         Raises:
             InputError: If the Jacobian is the joint operator of a batch.
         """
-        if not jacobian.per_example:
-            raise InputError("SmallEigenspace works per example: pass an `InputJacobian(..., per_example=True)`.")
+        self._require_per_example(jacobian)
         eigen = spectrum(jacobian, self.leading, generator=source)
         if eigen.complete or fits_dense(jacobian):
             # What the gradient does not show at all cannot be moved: J^T would return its rounding errors.

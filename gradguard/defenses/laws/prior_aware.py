@@ -63,8 +63,7 @@ class PriorAware(InRange):
         Raises:
             InputError: If the Jacobian is the joint operator of a batch.
         """
-        if not jacobian.per_example:
-            raise InputError("PriorAware works per example: pass an `InputJacobian(..., per_example=True)`.")
+        self._require_per_example(jacobian)
         noise = randn(jacobian.inputs.shape, jacobian.inputs, source, "inputs").flatten(1)
         return self._exact(jacobian, noise, size) if fits_dense(jacobian) else self._by_lanczos(jacobian, noise, size)
 
@@ -131,7 +130,7 @@ def water_level(c: Tensor, w: Tensor, energy: Tensor, budget: float) -> Tensor:
     Returns:
         A scalar.
     """
-    slope = torch.where(energy > 0, (c / w.clamp_min(torch.finfo(w.dtype).tiny)).sqrt(), torch.zeros_like(w))
+    slope = _slope(c, w, energy)
     # At this level the direction that is filled first alone takes the whole budget.
     first = (1 + budget / energy.clamp_min(torch.finfo(w.dtype).tiny)) / slope.clamp_min(torch.finfo(w.dtype).tiny)
     high = torch.where(energy > 0, first, torch.full_like(first, torch.inf)).min()
@@ -155,5 +154,9 @@ def water_filling(c: Tensor, w: Tensor, energy: Tensor, budget: float) -> Tensor
     Returns:
         The factor of each direction, the shape of `w`; 0 for directions that are left out.
     """
-    slope = torch.where(energy > 0, (c / w.clamp_min(torch.finfo(w.dtype).tiny)).sqrt(), torch.zeros_like(w))
-    return (water_level(c, w, energy, budget) * slope - 1).clamp_min(0)
+    return (water_level(c, w, energy, budget) * _slope(c, w, energy) - 1).clamp_min(0)
+
+
+def _slope(c: Tensor, w: Tensor, energy: Tensor) -> Tensor:
+    """`sqrt(c / w)`, 0 for directions that are left out."""
+    return torch.where(energy > 0, (c / w.clamp_min(torch.finfo(w.dtype).tiny)).sqrt(), torch.zeros_like(w))

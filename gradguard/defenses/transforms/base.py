@@ -15,7 +15,6 @@ import torch
 from gradguard.defenses.base import Defense
 from gradguard.defenses.stream import fresh_noise
 from gradguard.errors import InputError
-from gradguard.functional.checks import check_gradient
 from gradguard.functional.jacobian import InputJacobian
 from gradguard.functional.vectors import Gradient, add
 
@@ -42,15 +41,7 @@ class Transformation(Defense):
         Raises:
             InputError: for a gradient that is not finite, or where the Jacobian is missing.
         """
-        check_gradient(gradient, gradient)
-        if self.needs_jacobian and jacobian is None:
-            raise InputError(
-                f"{self.name} looks at the model and the batch: pass `jacobian=InputJacobian(LossGradient(model, "
-                "loss_fn), inputs, targets)`."
-            )
-        if generator is None:
-            generator = fresh_noise(next((g.device for g in gradient.values()), "cpu"))
-        return self.transformed(gradient, jacobian, generator)
+        return self.transformed(gradient, jacobian, self._checked_source(gradient, jacobian, generator))
 
     def perturbation(self, gradient: Gradient, jacobian: InputJacobian | None = None, *, generator=None) -> Gradient:
         """The message less the gradient."""

@@ -35,7 +35,7 @@ class Sign(Transformation):
 
     def transformed(self, gradient: Gradient, jacobian: InputJacobian | None, generator: torch.Generator) -> Gradient:
         """The signs; 0 for 0."""
-        return {n: g.sign() * (g.abs().mean() if self.scaled and g.numel() else 1.0) for n, g in gradient.items()}
+        return SignStep(scaled=self.scaled)(gradient)
 
     def knowledge(self, release: Release, message: Gradient) -> Knowledge:
         """That signs were taken."""
