@@ -25,6 +25,7 @@ from gradguard.leakage.influence import fits_dense
 from gradguard.leakage.spectrum import GRAM_SIZE, dense_eigenpairs, gram_eigenpairs, gram_matrix, probe
 from gradguard.linalg import LinearOperator, mean_and_error, random_signs
 from gradguard.linalg.covariances import PowerLawPrior
+from gradguard.linalg.operator import safe_inverse
 
 Variance = float | Mapping[str, float | Tensor]
 Method = Literal["auto", "dense", "gram", "lanczos"]
@@ -82,6 +83,35 @@ class Floor:
         return None if self.prior_mse is None else _psnr(self.prior_mse)
 
 
+def exact_floor(
+    mse: Tensor,
+    method: Literal["dense", "gram"] = "dense",
+    *,
+    prior_mse: Tensor | None = None,
+    undetermined: Tensor | None = None,
+) -> Floor:
+    """A floor from matrices, without probes and steps.
+
+    Args:
+        mse: As in `Floor`.
+        method: The same.
+        prior_mse: The same.
+        undetermined: The same.
+
+    Returns:
+        The floor, converged and without a standard error.
+    """
+    return Floor(
+        mse=mse,
+        standard_error=torch.zeros_like(mse),
+        prior_mse=prior_mse,
+        undetermined=undetermined,
+        method=method,
+        iterations=0,
+        converged=torch.ones_like(mse, dtype=torch.bool),
+    )
+
+
 def cramer_rao_floor(
     jacobian: InputJacobian,
     variance: Variance | None = None,
@@ -134,20 +164,12 @@ def cramer_rao_floor(
         cut = (relative**2 if chosen == "dense" else relative) * values[:, :1]
         seen = values > cut
         if covariance is None:
-            each = torch.where(seen, 1 / torch.where(seen, values, torch.ones_like(values)), torch.zeros_like(values))
+            each = safe_inverse(values * seen)
         else:
             images = _flat(covariance, jacobian)(vectors)
             each = (vectors * images).sum(-1) * seen
         mse = each.sum(-1) / (n * rounds)
-        return Floor(
-            mse=mse,
-            standard_error=torch.zeros_like(mse),
-            prior_mse=None,
-            undetermined=n - seen.sum(-1),
-            method=chosen,
-            iterations=0,
-            converged=torch.ones_like(mse, dtype=torch.bool),
-        )
+        return exact_floor(mse, chosen, undetermined=n - seen.sum(-1))
     if covariance is not None:
         signs = random_signs(jacobian.gram_operator(), probes, generator)
         value, error = mean_and_error((signs * _flat(covariance, jacobian)(signs)).sum(-1).double())
@@ -165,7 +187,7 @@ def cramer_rao_floor(
 
     def inverse(values: Tensor) -> Tensor:
         seen = values > rounding * values.amax(dim=-1, keepdim=True)
-        return torch.where(seen, 1 / torch.where(seen, values, torch.ones_like(values)), torch.zeros_like(values))
+        return safe_inverse(values * seen)
 
     start = random_signs(jacobian.gram_operator(), probes, generator)
 
@@ -293,15 +315,7 @@ def _bayes_by_matrices(
         values, vectors = _eigenpairs(jacobian, _to(precision, jacobian), root, method)
         left = shrinkage(values) * (root(vectors) ** 2).sum(-1)
     mse = left.sum(-1) / n
-    return Floor(
-        mse=mse,
-        standard_error=torch.zeros_like(mse),
-        prior_mse=_prior_trace(prior, jacobian).expand_as(mse) / n,
-        undetermined=None,
-        method=method,
-        iterations=0,
-        converged=torch.ones_like(mse, dtype=torch.bool),
-    )
+    return exact_floor(mse, method, prior_mse=_prior_trace(prior, jacobian).expand_as(mse) / n)
 
 
 def _bayes_by_probes(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from gradguard.errors import InputError
 from gradguard.functional.jacobian import InputJacobian
-from gradguard.leakage.floors import Floor, Prior
+from gradguard.leakage.floors import Floor, Prior, exact_floor
+from gradguard.linalg.operator import safe_inverse
 
 Matrix = NDArray[np.float64]
 
@@ -133,13 +133,14 @@ def stream_floor(
     information = _information([j.dense() for j in exact], weights)
     size = exact[0].size
     if prior is None:
-        return _floor(*_unbiased(information, size))
+        mse, undetermined = _unbiased(information, size)
+        return exact_floor(mse, undetermined=undetermined)
     root = _prior_root(prior, exact[0])
     between = root @ information @ root.mT
     values, vectors = torch.linalg.eigh((between + between.mT) / 2)
     left = vectors / (1 + values.clamp_min(0))[:, None] @ vectors.mT
     mse = torch.einsum("ij,rjk,ik->r", root, left, root) / size
-    return _floor(mse, None, (root.square().sum() / size).expand(len(mse)))
+    return exact_floor(mse, prior_mse=(root.square().sum() / size).expand(len(mse)))
 
 
 def _information(dense: list[Tensor], weights: Matrix) -> Tensor:
@@ -155,8 +156,7 @@ def _information(dense: list[Tensor], weights: Matrix) -> Tensor:
 def _unbiased(information: Tensor, size: int) -> tuple[Tensor, Tensor]:
     values = torch.linalg.eigvalsh(information)
     seen = values > size * torch.finfo(values.dtype).eps * values[:, -1:]
-    each = torch.where(seen, 1 / torch.where(seen, values, torch.ones_like(values)), torch.zeros_like(values))
-    return each.sum(-1) / size, size - seen.sum(-1)
+    return safe_inverse(values * seen).sum(-1) / size, size - seen.sum(-1)
 
 
 def _prior_root(prior: Prior, jacobian: InputJacobian) -> Tensor:
@@ -165,16 +165,3 @@ def _prior_root(prior: Prior, jacobian: InputJacobian) -> Tensor:
     identity = torch.eye(size, dtype=torch.float64, device=jacobian.inputs.device)
     one = prior.sqrt(identity.reshape(-1, *shape)).reshape(size, size)
     return torch.block_diag(*[one] * (jacobian.size // size))
-
-
-def _floor(mse: Tensor, undetermined: Tensor | None, prior_mse: Tensor | None = None) -> Floor:
-    kind: Literal["dense"] = "dense"
-    return Floor(
-        mse=mse,
-        standard_error=torch.zeros_like(mse),
-        prior_mse=prior_mse,
-        undetermined=undetermined,
-        method=kind,
-        iterations=0,
-        converged=torch.ones_like(mse, dtype=torch.bool),
-    )
