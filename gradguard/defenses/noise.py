@@ -97,22 +97,25 @@ class NoiseProtector(Protector):
     def _protect(self, release: Release) -> Sent:
         shape = self.defense.law.prepare(release)
         std = self.defense.strength.std(release, shape) if self.held is None else self.held
-        if self.defense.schedule.stateful:
-            self.held = std  # noise of another size would not cancel what was added before
         white = std * self.filter.gain
         source = self.filter.source(release)
-        delta = shape.draw(source, white)
+        try:
+            delta = shape.draw(source, white)
+            covered = Covered(message=add(release.gradient, delta))
+            if std > 0 and not self.defense.law.covers:
+                covered = cover_message(self.defense, release.gradient, covered.message, self.uncovered, source)
+        except BaseException:
+            self.filter.withdraw()  # nothing leaves, so the filter does not stand behind it
+            raise
+        if self.defense.schedule.stateful:
+            self.held = std  # noise of another size would not cancel what was added before
         shown = white * self.filter.marginal()
-        knowledge = shape.knowledge(shown) if std > 0 else shape.knowledge(0.0)
         length = norm(delta).item()
-        covered = Covered(message=add(release.gradient, delta))
-        if std > 0 and not self.defense.law.covers:
-            covered = cover_message(self.defense, release.gradient, covered.message, self.uncovered, source)
         return Sent(
             message=covered.message,
             bare=covered.bare,
             sensitivity=release.sensitivity,
-            knowledge=_declared(knowledge, self, white),
+            knowledge=_declared(shape.knowledge(shown), self, white),
             cost={"std": std, "shown_std": shown, "noise_ratio": length / max(release.norm, 1e-300)},
         )
 

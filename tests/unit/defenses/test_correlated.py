@@ -1,5 +1,7 @@
 """Correlated streams: against a dense solve, and what they promise of messages that stay, keys and learning rates."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,28 @@ def test_a_withdrawn_message_does_not_advance_the_filter(schedule):
     w = white(11)[numbers]
     expected = np.linalg.norm(schedule.column()) * np.linalg.solve(dense(column), w)
     assert np.abs(np.stack(messages) - expected).max() < 1e-9  # buffers are solved backwards
+
+
+@schedules
+def test_a_message_whose_noise_fails_does_not_advance_the_filter(schedule):
+    protector = started(schedule)
+    sent(protector)
+    before = protector.filter.state_dict()["rates"]
+    draw, count = NoiseStream.normal, []
+
+    def failing(self, round, name, shape, *, draw_=draw, draw=0):
+        count.append(name)
+        if name == "b":
+            raise MemoryError("no room for the second tensor")
+        return draw_(self, round, name, shape, draw=draw)
+
+    with mock.patch.object(NoiseStream, "normal", failing), pytest.raises(MemoryError):
+        protector.protect(Release(ZERO))
+    assert "b" in count
+    assert protector.rounds == 1
+    assert protector.filter.state_dict()["rates"] == before
+    # The next message stands where the failed one would have: what the receiver knows of it counts one before it.
+    assert protector.protect(Release(ZERO)).knowledge.filter.round == 1
 
 
 @schedules
