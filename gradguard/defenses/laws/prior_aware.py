@@ -32,7 +32,7 @@ class PriorAware(InRange):
     (Zhang et al. 2023, section 5), derived.
 
     Small inputs: exact. Large ones: `c = 1` and a function of `W` by `steps` Lanczos steps, `tau` from the same Krylov
-    space; that gives up 1-2 dB.
+    space; its floor is a little higher.
 
     Args:
         prior: The covariance `C`: anything with `sqrt(x)`, `(N, *input_shape)`.

@@ -1,9 +1,9 @@
 """Noise that is correlated over rounds, so that what the model accumulates cancels.
 
-Round `t` sends `g_t + std sum_j d_j w_{t-j}`, `w` white and `d` the first column of `C^{-1}` (`linalg.toeplitz`). At
-equal accuracy the noise may then be some 10-16 dB larger than fresh noise. An attacker who sees the whole stream
-multiplies it by `C` and faces `std / |C e_t|`, not what one message shows: that is what strengths mean here, and `gain`
-is the ratio. Uses of one example closer than the filter's memory add up coherently.
+Round `t` sends `g_t + std sum_j d_j w_{t-j}`, `w` white and `d` the first column of `C^{-1}` (`linalg.toeplitz`). An
+attacker who sees the whole stream multiplies it by `C` and faces `std / |C e_t|`, not what one message shows: that is
+what strengths mean here, and the filter's `gain` is the ratio. Uses of one example closer than the filter's memory add
+up coherently.
 """
 
 from __future__ import annotations
@@ -82,8 +82,7 @@ class Correlated(Schedule):
 class SquareRoot(Correlated):
     """`d` the first `bands` coefficients of `(1 - z)^{1/2}`: 1, -1/2, -1/8, -1/16 (arXiv 2505.12128).
 
-    Near the optimum for every curvature of the loss at once. It keeps no tensors: earlier noise is drawn again from the
-    key, `bands` draws for each message.
+    It keeps no tensors: earlier noise is drawn again from the key, `bands` draws for each message.
 
     Args:
         rounds: As in `Correlated`.
@@ -151,8 +150,7 @@ class Lambda(Correlated):
 class TwoBuffers(Correlated):
     """A buffered linear Toeplitz matrix with two buffers (arXiv 2404.16706, 2408.08868): two tensors of memory.
 
-    Its decays are those of least error times sensitivity for these rounds, separation and participations; a third
-    buffer gains 0-1%. The best of all schedules in (epsilon, delta).
+    Its decays are those of least error times sensitivity for these rounds, separation and participations.
 
     Args:
         rounds: As in `Correlated`.
